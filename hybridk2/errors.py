@@ -1,0 +1,41 @@
+"""The ways HybridK2 refuses, as exceptions.
+
+Every mistake a person can make (a path, a shard, a flag, a message, too little memory) raises one of these; the command
+line prints it, the server turns it into an error body. A message says what, where, found, expected, and what to do.
+"""
+
+
+class HybridK2Error(Exception):
+    """Something outside the program's control is wrong, and the message says how to put it right."""
+
+
+class ConfigError(HybridK2Error):
+    """A model's config.json or an engine option that HybridK2 cannot run."""
+
+
+class CheckpointError(HybridK2Error):
+    """A checkpoint folder that is incomplete, damaged or of another model."""
+
+
+class OutOfMemoryError(HybridK2Error):
+    """The machine lacks the memory that was asked of it."""
+
+
+class TokenizerError(HybridK2Error):
+    """A vocabulary file that is missing or damaged, or an id outside the vocabulary."""
+
+
+class ChatError(HybridK2Error):
+    """Messages or tool declarations that cannot be rendered."""
+
+
+class RequestError(HybridK2Error):
+    """A sampling parameter or a request that is out of bounds."""
+
+
+class EngineError(HybridK2Error):
+    """A step of the engine failed; the request it served is lost, the engine is not."""
+
+
+class SessionError(HybridK2Error):
+    """A conversation file that cannot be read or written."""
