@@ -1,7 +1,8 @@
 """The ways HybridK2 refuses, as exceptions.
 
-Every mistake a person can make (a path, a shard, a flag, a message, too little memory) raises one of these; the command
-line prints it, the server turns it into an error body. A message says what, where, found, expected, and what to do.
+Every mistake a person can make (a path, a shard, a flag, a message, too little memory) raises one of
+these; the command line prints it, the server turns it into an error body. A message says what,
+where, found, expected, and what to do.
 """
 
 
