@@ -19,7 +19,7 @@ from hybridk2.errors import ConfigError
 
 GROUP_SIZE = 32  # input columns that share one INT4 scale, in every published K2 checkpoint
 
-# Far above any published model, far below what would let a damaged config.json cost memory or hours.
+# Far above any published model, far below what would cost memory or hours to look at.
 _MAX_LAYERS = 1_000
 _MAX_EXPERTS = 4_096
 _MAX_DIMENSION = 1 << 24

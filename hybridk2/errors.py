@@ -1,13 +1,13 @@
 """The ways HybridK2 refuses, as exceptions.
 
-Every mistake a person can make (a path, a shard, a flag, a message, too little memory) raises one of
-these; the command line prints it, the server turns it into an error body. A message says what,
+Every mistake a person can make (a path, a shard, a flag, a message, too little memory) raises one
+of these; the command line prints it, the server turns it into an error body. A message says what,
 where, found, expected, and what to do.
 """
 
 
 class HybridK2Error(Exception):
-    """Something outside the program's control is wrong, and the message says how to put it right."""
+    """Something outside the program is wrong, and the message says how to put it right."""
 
 
 class ConfigError(HybridK2Error):

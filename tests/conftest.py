@@ -9,7 +9,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """The folder of published test vectors and the real vocabulary, which lies beside the project."""
+    """Published test vectors and the real vocabulary, which lie beside the project."""
     if not (SHARED / "k2" / "vectors").is_dir():
         pytest.skip(f"test vectors are not here: {SHARED}")
     return SHARED

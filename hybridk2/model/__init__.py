@@ -1,0 +1,1 @@
+"""The model's arithmetic, from token ids to logits."""

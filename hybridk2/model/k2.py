@@ -1,0 +1,134 @@
+"""The whole decoder: embedding, layers, final norm, logits.
+
+Knows tensors and the cache, not where weights come from on disk, requests, sampling or text.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybridk2.checkpoint import LayerWeights
+from hybridk2.config import K2Config
+from hybridk2.device import Device
+from hybridk2.experts.router import AsyncRouter
+from hybridk2.kv_cache import CacheSequence
+from hybridk2.model.attention import LatentAttention
+from hybridk2.model.layers import RotaryTable, place_mlp, rms_norm, swiglu
+from hybridk2.model.moe import MixtureOfExperts
+
+# Rows of lm_head that are widened to fp32 at a time. 4 MB stays in cache; blocks of 30 MB and more
+# went through DRAM and took four times as long on a 7168 x 18432 matrix (2 Zen 4 cores).
+_LOGIT_BLOCK_BYTES = 4 << 20
+
+
+class DecoderLayer:
+    """One pre-norm layer: h += attention(norm(h)), then h += feed_forward(norm(h))."""
+
+    def __init__(
+        self,
+        config: K2Config,
+        weights: LayerWeights,
+        layer: int,
+        experts: AsyncRouter | None,
+        device: Device,
+        dtype: torch.dtype,
+    ) -> None:
+        """experts: needed by MoE layers, None for dense ones."""
+        self._eps = config.rms_norm_eps
+        self._input_norm = device.place(weights.input_norm.to(dtype))
+        self._post_attention_norm = device.place(weights.post_attention_norm.to(dtype))
+        self.attention = LatentAttention(config, weights.attention, layer, device, dtype)
+        self.moe: MixtureOfExperts | None = None
+        if weights.mlp is not None:
+            self._mlp = place_mlp(weights.mlp, device, dtype)
+        else:
+            assert weights.router is not None
+            assert weights.shared is not None
+            assert experts is not None, f"layer {layer} is a MoE layer and needs routed experts"
+            self.moe = MixtureOfExperts(
+                config,
+                layer - config.first_k_dense_replace,
+                weights.router,
+                weights.shared,
+                experts,
+                device,
+                dtype,
+            )
+
+    def forward(
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        sequence: CacheSequence,
+        absorbed: bool | None = None,
+    ) -> Tensor:
+        """hidden: (tokens, hidden). See LatentAttention.forward for the rest."""
+        x = self.attention_input(hidden)
+        hidden = hidden + self.attention.forward(x, cos, sin, sequence, absorbed)
+        return hidden + self.feed_forward(self.feed_forward_input(hidden))
+
+    def attention_input(self, hidden: Tensor) -> Tensor:
+        return rms_norm(hidden, self._input_norm, self._eps)
+
+    def feed_forward_input(self, hidden: Tensor) -> Tensor:
+        return rms_norm(hidden, self._post_attention_norm, self._eps)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.moe.forward(x) if self.moe is not None else swiglu(x, self._mlp)
+
+
+class K2Model:
+    """Hidden states and logits of token sequences."""
+
+    def __init__(
+        self,
+        config: K2Config,
+        embedding: Tensor,
+        layers: list[DecoderLayer],
+        final_norm: Tensor,
+        lm_head: Tensor,
+        device: Device,
+        dtype: torch.dtype,
+    ) -> None:
+        """embedding, lm_head: (vocab, hidden) bf16, kept as they are. dtype: of activations."""
+        self.config = config
+        self.layers = layers
+        self._device = device
+        self._dtype = dtype
+        self._embedding = embedding
+        self._final_norm = device.place(final_norm.to(dtype))
+        self._lm_head = device.place(lm_head)
+        self._rotary = RotaryTable(config, device)
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        sequence: CacheSequence,
+        absorbed: bool | None = None,
+    ) -> Tensor:
+        """Run new tokens of one sequence and extend its cache by them.
+
+        token_ids, positions: (tokens,) int64 on the host. The sequence must have room for them
+        (CacheSequence.reserve). Returns hidden states after the last layer: (tokens, hidden).
+        """
+        hidden = self._device.place(F.embedding(token_ids, self._embedding).to(self._dtype))
+        cos, sin = self._rotary(self._device.place(positions))
+        for layer in self.layers:
+            hidden = layer.forward(hidden, cos, sin, sequence, absorbed)
+        sequence.advance(token_ids.tolist())
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: (tokens, hidden) after the last layer. Returns (tokens, vocab) fp32 logits.
+
+        The exact fp32 product of the activations and the bf16 head: rounding logits of 20 to bf16
+        would move each by up to 0.06, more than whole layers do.
+        """
+        x = rms_norm(hidden, self._final_norm, self.config.rms_norm_eps).float()
+        rows = max(_LOGIT_BLOCK_BYTES // (4 * self.config.hidden_size), 1)
+        blocks = [F.linear(x, block.float()) for block in self._lm_head.split(rows)]
+        return torch.cat(blocks, dim=-1)

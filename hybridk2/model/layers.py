@@ -1,0 +1,90 @@
+"""The parts that every layer shares: RMSNorm, rotary positions with YaRN, the SwiGLU block.
+
+Formulas follow DeepSeek-V3's published model code, which Kimi K2 uses unchanged.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybridk2.checkpoint import MlpWeights
+from hybridk2.config import K2Config
+from hybridk2.device import Device
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension.
+
+    Normed in fp32 and rounded to x's dtype before the weight is applied, as the model was trained.
+    """
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return normed.to(x.dtype) * weight
+
+
+def yarn_inverse_frequencies(config: K2Config) -> Tensor:
+    """Rotary frequencies under YaRN: (qk_rope_head_dim / 2,) fp32, radians per position.
+
+    Dimensions that turn more than beta_fast times within the original context keep their frequency,
+    those that turn less than beta_slow times are slowed by `factor`, and a ramp joins the two
+    (YaRN, arXiv 2309.00071, section 3.2). The table is the same at every length.
+    """
+    scaling = config.rope_scaling
+    dimension = config.qk_rope_head_dim
+
+    def index_of(turns: float) -> float:
+        wavelength = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
+        return dimension * math.log(wavelength) / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(index_of(scaling.beta_fast)), 0)
+    high: float = min(math.ceil(index_of(scaling.beta_slow)), dimension - 1)
+    if low == high:
+        high += 0.001
+    # fp64 until the end: at position 262,143 one fp32 ulp of a frequency is a visible angle.
+    index = torch.arange(dimension // 2, dtype=torch.float64)
+    frequency = config.rope_theta ** (-2 * index / dimension)
+    slowed = ((index - low) / (high - low)).clamp(0, 1)
+    return (frequency * (1 - slowed) + frequency / scaling.factor * slowed).float()
+
+
+class RotaryTable:
+    """cos and sin for any positions, in fp32 whatever the activation dtype."""
+
+    def __init__(self, config: K2Config, device: Device) -> None:
+        self._inverse_frequencies = device.place(yarn_inverse_frequencies(config))
+        self._multiplier = config.rope_scaling.cos_sin_multiplier
+
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions: (tokens,) integers. Returns cos and sin, each (tokens, rope_dim / 2) fp32."""
+        angles = positions.float()[:, None] * self._inverse_frequencies
+        return angles.cos() * self._multiplier, angles.sin() * self._multiplier
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (2i, 2i+1) of x's last dimension by the angle of frequency i.
+
+    x: (tokens, ..., rope_dim). cos, sin: (tokens, rope_dim / 2) fp32. Computed in fp32, returned in
+    x's dtype and in the order of x.
+    """
+    shape = (cos.shape[0],) + (1,) * (x.dim() - 2) + (cos.shape[1],)
+    cos, sin = cos.view(shape), sin.view(shape)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def place_mlp(weights: MlpWeights, device: Device, dtype: torch.dtype) -> MlpWeights:
+    return MlpWeights(
+        gate=device.place(weights.gate.to(dtype)),
+        up=device.place(weights.up.to(dtype)),
+        down=device.place(weights.down.to(dtype)),
+    )
+
+
+def swiglu(x: Tensor, weights: MlpWeights) -> Tensor:
+    """down(silu(gate x) * (up x)): the dense layer and the shared expert. x: (tokens, hidden)."""
+    return F.linear(F.silu(F.linear(x, weights.gate)) * F.linear(x, weights.up), weights.down)

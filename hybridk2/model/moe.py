@@ -1,0 +1,70 @@
+"""Mixture of experts: the router, the routed experts through AsyncRouter, the shared expert.
+
+The routing decision is taken here in fp32; who computes an expert and where is not known here.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybridk2.checkpoint import MlpWeights, RouterWeights
+from hybridk2.config import K2Config
+from hybridk2.device import Device
+from hybridk2.experts.router import AsyncRouter
+from hybridk2.model.layers import place_mlp, swiglu
+
+
+class TopKRouter:
+    """Picks the experts of each token and their weights, in fp32 as the model was trained."""
+
+    def __init__(self, config: K2Config, weights: RouterWeights, device: Device) -> None:
+        self._top_k = config.num_experts_per_tok
+        self._scaling_factor = config.routed_scaling_factor
+        self._weight = device.place(weights.weight.float())
+        self._bias = device.place(weights.bias)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x: (tokens, hidden). Returns expert_ids (tokens, top_k) int32 and weights fp32.
+
+        The bias moves the choice only; weights come from the sigmoid without it and are never
+        recovered by subtraction, which cancels. A NaN score counts as the lowest, so the ids are
+        always in range; the NaN itself stays in that token's weights.
+        """
+        scores = F.linear(x.float(), self._weight).sigmoid()
+        choice = torch.nan_to_num(scores + self._bias, nan=float("-inf"))
+        expert_ids = choice.topk(self._top_k, dim=-1).indices
+        weights = scores.gather(-1, expert_ids)
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * self._scaling_factor
+        return expert_ids.int(), weights
+
+
+class MixtureOfExperts:
+    """The feed-forward block of a MoE layer."""
+
+    def __init__(
+        self,
+        config: K2Config,
+        slot: int,
+        router: RouterWeights,
+        shared: MlpWeights,
+        experts: AsyncRouter,
+        device: Device,
+        dtype: torch.dtype,
+    ) -> None:
+        """slot: index of the layer among the MoE layers."""
+        self._slot = slot
+        self._shared = place_mlp(shared, device, dtype)
+        self._experts = experts
+        self.router = TopKRouter(config, router, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (tokens, hidden), normed. Returns routed sum + shared expert, in x's dtype.
+
+        The shared expert runs on the device while the host computes the routed ones.
+        """
+        expert_ids, weights = self.router(x)
+        pending = self._experts.submit(self._slot, x, expert_ids, weights)
+        shared = swiglu(x, self._shared)
+        return self._experts.collect(pending).to(x.dtype) + shared

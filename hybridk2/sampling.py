@@ -1,0 +1,177 @@
+"""From logits to a token.
+
+Owns what a request may ask of sampling and the arithmetic that follows from it. The random number
+of a token is a function of the request's seed and the token's position alone, so a request repeats
+itself whatever else is running. Knows no text: token ids only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hybridk2.errors import RequestError
+
+MAX_TOP_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """What a request asks of sampling. Temperature 1.0 is the model's own recommendation.
+
+    temperature 0 picks the most likely token. top_p 1.0, top_k 0, min_p 0.0 leave the distribution
+    whole. seed None draws one. max_tokens None ends at the context's limit. stop: strings that end
+    the visible text. logprobs: how many alternatives to report per token, None for no report.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_real("temperature", self.temperature, 0.0, 100.0)
+        _check_real("top_p", self.top_p, 0.0, 1.0, open_below=True)
+        _check_real("min_p", self.min_p, 0.0, 1.0)
+        _check_real("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_below=True)
+        _check_real("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_integer("top_k", self.top_k, 0, 2**31 - 1)
+        if self.seed is not None:
+            _check_integer("seed", self.seed, -(2**63), 2**64 - 1)
+        if self.max_tokens is not None:
+            _check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        if self.logprobs is not None:
+            _check_integer("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
+        if any(not isinstance(text, str) or not text for text in self.stop):
+            raise RequestError("stop: expected non-empty strings")
+
+
+def _check_real(
+    name: str, value: float, low: float, high: float, *, open_below: bool = False
+) -> None:
+    inside = (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and (low < value if open_below else low <= value)
+        and value <= high
+    )
+    if not inside:
+        bound = "above" if open_below else "from"
+        raise RequestError(f"{name}: expected a number {bound} {low:g} to {high:g}, found {value}")
+
+
+def _check_integer(name: str, value: int, low: int, high: int) -> None:
+    if type(value) is not int or not low <= value <= high:
+        raise RequestError(f"{name}: expected an integer from {low} to {high}, found {value}")
+
+
+@dataclass(frozen=True)
+class GeneratedToken:
+    """A token as sampled. Log-probabilities are the model's own, before temperature and penalties.
+
+    Both are None/empty when the request asked for none. top_logprobs: (id, logprob), likeliest
+    first.
+    """
+
+    id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+def uniform(seed: int, position: int) -> float:
+    """The random number in [0, 1) of one position: Philox-4x64, keyed by seed, counted by position.
+
+    Counter-based (Salmon et al., SC 2011), so no state passes from token to token.
+    """
+    generator = np.random.Philox(key=[seed % 2**64, 0], counter=[position, 0, 0, 0])
+    return float(np.random.Generator(generator).random())
+
+
+class Sampler:
+    """Samples one request's tokens, one after the other."""
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        seed: int,
+        prompt_ids: Sequence[int],
+        vocab_size: int,
+        forbidden_ids: Sequence[int] = (),
+    ) -> None:
+        """forbidden_ids: never sampled, such as ids that stand for no text."""
+        self._params = params
+        self._seed = seed
+        self._forbidden = torch.tensor(forbidden_ids, dtype=torch.int64)
+        self._repeats = params.repetition_penalty != 1.0
+        self._counts_output = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+        self._seen = torch.zeros(vocab_size, dtype=torch.bool)
+        self._counts = torch.zeros(vocab_size)
+        self._seen[torch.tensor(list(set(prompt_ids)), dtype=torch.int64)] = True
+
+    def sample(self, logits: Tensor, position: int) -> GeneratedToken:
+        """logits: (vocab,) fp32 on the host, finite. position: the index the token will have."""
+        token_id = self._pick(self._penalised(logits), position)
+        self._seen[token_id] = True
+        self._counts[token_id] += 1
+        if self._params.logprobs is None:
+            return GeneratedToken(token_id)
+        logprobs = torch.log_softmax(logits.double(), dim=-1)
+        top = logprobs.topk(self._params.logprobs)
+        return GeneratedToken(
+            token_id,
+            float(logprobs[token_id]),
+            tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)),
+        )
+
+    def _penalised(self, logits: Tensor) -> Tensor:
+        """Repetition as in CTRL (arXiv 1909.05858), over prompt and output; presence and frequency
+        as in OpenAI's API, over the output alone."""
+        params = self._params
+        logits = logits.double()  # a copy: the logits themselves are reported
+        if self._repeats:
+            divided = torch.where(
+                logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty
+            )
+            logits = torch.where(self._seen, divided, logits)
+        if self._counts_output:
+            logits = logits - params.frequency_penalty * self._counts
+            logits = logits - params.presence_penalty * (self._counts > 0)
+        if self._forbidden.numel():
+            logits[self._forbidden] = float("-inf")
+        return logits
+
+    def _pick(self, logits: Tensor, position: int) -> int:
+        params = self._params
+        if params.temperature == 0:
+            return int(logits.argmax())
+        logits = (logits - logits.max()) / params.temperature
+        # Likeliest first; equal ones by id, so that the order is the same on every run.
+        order = torch.sort(logits, descending=True, stable=True)
+        probabilities = torch.softmax(order.values, dim=-1)
+        keep = int((order.values > float("-inf")).sum())
+        if 0 < params.top_k < keep:
+            keep = params.top_k
+        if params.top_p < 1.0:
+            # The smallest set that reaches top_p, measured within what top_k left.
+            mass = probabilities[:keep].cumsum(-1) / probabilities[:keep].sum()
+            keep = min(keep, int((mass < params.top_p).sum()) + 1)
+        if params.min_p > 0.0:
+            keep = min(keep, int((probabilities >= params.min_p * probabilities[0]).sum()))
+        mass = probabilities[:keep].cumsum(-1)
+        drawn = uniform(self._seed, position) * float(mass[-1])
+        index = int(torch.searchsorted(mass, drawn, right=True))
+        return int(order.indices[min(index, keep - 1)])
