@@ -97,7 +97,8 @@ def uniform(seed: int, position: int) -> float:
 
     Counter-based (Salmon et al., SC 2011), so no state passes from token to token.
     """
-    generator = np.random.Philox(key=[seed % 2**64, 0], counter=[position, 0, 0, 0])
+    key = np.array([seed % 2**64, 0], dtype=np.uint64)
+    generator = np.random.Philox(key=key, counter=[position, 0, 0, 0])
     return float(np.random.Generator(generator).random())
 
 
