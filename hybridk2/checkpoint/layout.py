@@ -39,19 +39,21 @@ class Role(Enum):
 
 
 class TensorSpec(NamedTuple):
-    """One tensor that the checkpoint must hold. The first of `dtypes` is the one K2 uses."""
+    """One tensor that the checkpoint must hold. The first of `dtypes` is the one K2 uses.
+
+    values: what it contains, where that follows from the config.
+    """
 
     name: str
     dtypes: tuple[str, ...]
     shape: tuple[int, ...]
     role: Role
+    values: tuple[int, ...] | None = None
 
 
 class QuantizedSpec(NamedTuple):
-    """The three tensors that store one INT4 matrix of `rows` outputs and `columns` inputs."""
+    """The three tensors that store one INT4 matrix."""
 
-    rows: int
-    columns: int
     packed: TensorSpec
     scale: TensorSpec
     weight_shape: TensorSpec
@@ -175,6 +177,13 @@ class Layout:
         """Whether this tensor belongs to the vision part of K2.5, which HybridK2 passes over."""
         return self._config.model_type == "kimi_k25" and name.startswith(_VISION_PREFIXES)
 
+    def vision_stand_ins(self) -> Iterator[TensorSpec]:
+        """A few tensors in the place of K2.5's vision part, for checkpoints that are made up."""
+        if self._config.model_type == "kimi_k25":
+            for prefix in _VISION_PREFIXES:
+                shape = (self._config.hidden_size, GROUP_SIZE)
+                yield TensorSpec(f"{prefix}stand_in.weight", _BF16, shape, Role.MATRIX)
+
     def _mlp(self, layer: int, where: str, width: int) -> dict[str, TensorSpec]:
         hidden = self._config.hidden_size
         return {
@@ -191,11 +200,9 @@ class Layout:
 
 
 def _quantized(where: str, rows: int, columns: int) -> QuantizedSpec:
-    packed_shape = (rows, columns // NIBBLES_PER_WORD)
+    words, groups = columns // NIBBLES_PER_WORD, columns // GROUP_SIZE
     return QuantizedSpec(
-        rows,
-        columns,
-        TensorSpec(f"{where}.weight_packed", _I32, packed_shape, Role.PACKED),
-        TensorSpec(f"{where}.weight_scale", _BF16, (rows, columns // GROUP_SIZE), Role.SCALE),
-        TensorSpec(f"{where}.weight_shape", _INTEGER, (2,), Role.WEIGHT_SHAPE),
+        TensorSpec(f"{where}.weight_packed", _I32, (rows, words), Role.PACKED),
+        TensorSpec(f"{where}.weight_scale", _BF16, (rows, groups), Role.SCALE),
+        TensorSpec(f"{where}.weight_shape", _INTEGER, (2,), Role.WEIGHT_SHAPE, (rows, columns)),
     )

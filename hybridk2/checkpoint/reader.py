@@ -172,7 +172,7 @@ class ExpertReader:
         for field, spec in specs.items():
             views = self._views[field]
             shard, entry = self._contents.find(spec.weight_shape)
-            _check_weight_shape(views.weight_shape, shard, entry, spec)
+            _check_weight_shape(views.weight_shape, shard, entry, spec.weight_shape)
             shard, entry = self._contents.find(spec.scale)
             _check_finite(views.scale, shard, spec.scale, entry.dtype, 0)
         return ExpertWeights(**self._linears)
@@ -256,15 +256,15 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _check_weight_shape(
-    stored: memoryview, shard: SafetensorsFile, entry: TensorEntry, spec: QuantizedSpec
+    stored: memoryview, shard: SafetensorsFile, entry: TensorEntry, spec: TensorSpec
 ) -> None:
     values = np.frombuffer(
         stored[: entry.num_bytes], np.int32 if entry.dtype == "I32" else np.int64
     )
-    if tuple(values) != (spec.rows, spec.columns):
+    if tuple(values.tolist()) != spec.values:
         raise CheckpointError(
-            f"{shard.path}: {spec.weight_shape.name}: expected the values "
-            f"({spec.rows}, {spec.columns}), found ({values[0]}, {values[1]}). "
+            f"{shard.path}: {spec.name}: expected the values {spec.values}, "
+            f"found {tuple(values.tolist())}. "
             "Is the download complete and undamaged? `hybridk2 verify` compares checksums"
         )
 
