@@ -129,7 +129,7 @@ class Tokenizer:
         control_names: Mapping[int, str] | None = None,
         source: str = "vocabulary",
     ) -> None:
-        """base_tokens: the token bytes in rank order, all distinct, all 256 single bytes among them.
+        """base_tokens: token bytes in rank order, all distinct, the 256 single bytes among them.
 
         control_names: id -> name for ids base..base+255; what the chat format needs and is not
         named there takes its published offset. None: the published table. `source` names the
@@ -156,7 +156,9 @@ class Tokenizer:
         self.unmapped_ids = tuple(token_id for token_id in reserved if token_id not in names)
         self._token_bytes = [*base_tokens, *(names.get(i, "").encode() for i in reserved)]
         # The published tokenizer recognises unnamed reserved ids by a placeholder, so do we.
-        placeholders = {f"<|reserved_token_{token_id}|>": token_id for token_id in self.unmapped_ids}
+        placeholders = {
+            f"<|reserved_token_{token_id}|>": token_id for token_id in self.unmapped_ids
+        }
         self._encoding = tiktoken.Encoding(
             "hybridk2",
             pat_str=SPLIT_PATTERN,
@@ -177,7 +179,7 @@ class Tokenizer:
         return cls(base_tokens, names, str(vocabulary_path))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text in which control tokens are disabled: "<|im_end|>" is six characters and more.
+        """Ids of a text in which control tokens are disabled: "<|im_end|>" is ten characters.
 
         This is the only way in for text that a person or a tool wrote. A lone surrogate, which
         UTF-8 cannot carry, is encoded as U+FFFD.
