@@ -107,9 +107,18 @@ class Engine:
         on_progress: told often enough to draw a bar. Raises the HybridK2Error of whatever is wrong
         with the checkpoint, the choices or the machine's memory, before large memory is taken.
         """
-        checkpoint = Checkpoint.open(locate_model(choices.model))
-        device = select_device(choices.device)
+        with Checkpoint.open(locate_model(choices.model)) as checkpoint:
+            return cls._from_checkpoint(checkpoint, choices, on_progress)
+
+    @classmethod
+    def _from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        choices: EngineConfig,
+        on_progress: Callable[[LoadProgress], None] | None,
+    ) -> Engine:
         config = checkpoint.config
+        device = select_device(choices.device)
         context_tokens = _context_tokens(choices, config)
         chunk_tokens = -(-choices.prefill_chunk_tokens // PAGE_TOKENS) * PAGE_TOKENS
         check_memory(checkpoint, psutil.virtual_memory().available)
@@ -184,16 +193,22 @@ class Engine:
             self._waiting.append(generation)
         return generation
 
-    def tokens(self, generation: Generation) -> Iterator[GeneratedToken]:
+    def tokens(
+        self, generation: Generation, on_prefill: Callable[[int], None] | None = None
+    ) -> Iterator[GeneratedToken]:
         """The request's tokens as they come. Closing the iterator cancels the request.
 
-        Raises the request's error when a step of it fails.
+        on_prefill: told after each chunk how many tokens of the prompt are read. Raises the
+        request's error when a step of it fails.
         """
         try:
             while True:
+                while not generation._output and not generation.done:
+                    prefilled = generation.prefilled_tokens
+                    self.step()
+                    if on_prefill is not None and generation.prefilled_tokens > prefilled:
+                        on_prefill(generation.prefilled_tokens)
                 with self._lock:
-                    while not generation._output and not generation.done:
-                        self.step()
                     if not generation._output:
                         break
                     token = generation._output.popleft()
