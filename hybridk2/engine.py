@@ -193,21 +193,27 @@ class Engine:
             self._waiting.append(generation)
         return generation
 
-    def tokens(
-        self, generation: Generation, on_prefill: Callable[[int], None] | None = None
-    ) -> Iterator[GeneratedToken]:
+    def prefill(self, generation: Generation) -> Iterator[int]:
+        """Read the request's prompt; after each chunk, how many of its tokens are read.
+
+        Optional: `tokens` reads the prompt as well. For who wants to show progress, or to stop in
+        between with `cancel`. An error of the request is left to `tokens`.
+        """
+        while generation.prefilled_tokens < len(generation.prompt_ids) and not generation.done:
+            prefilled = generation.prefilled_tokens
+            self.step()
+            if generation.prefilled_tokens > prefilled:
+                yield generation.prefilled_tokens
+
+    def tokens(self, generation: Generation) -> Iterator[GeneratedToken]:
         """The request's tokens as they come. Closing the iterator cancels the request.
 
-        on_prefill: told after each chunk how many tokens of the prompt are read. Raises the
-        request's error when a step of it fails.
+        Raises the request's error when a step of it fails.
         """
         try:
             while True:
                 while not generation._output and not generation.done:
-                    prefilled = generation.prefilled_tokens
                     self.step()
-                    if on_prefill is not None and generation.prefilled_tokens > prefilled:
-                        on_prefill(generation.prefilled_tokens)
                 with self._lock:
                     if not generation._output:
                         break
@@ -226,7 +232,7 @@ class Engine:
         forbidden_ids: Sequence[int] = (),
     ) -> Iterator[GeneratedToken]:
         """Submit a request and read its tokens. See `submit` and `tokens`."""
-        return self.tokens(self.submit(prompt_ids, params, stop_ids, forbidden_ids))
+        yield from self.tokens(self.submit(prompt_ids, params, stop_ids, forbidden_ids))
 
     def warm(self, token_ids: Sequence[int], should_stop: Callable[[], bool]) -> None:
         """Compute and cache a prefix that a later request will start with.

@@ -3,14 +3,23 @@
 Owns the event types and the usage record, nothing else. The parser emits events, the server and the
 terminal render them; neither knows the other.
 
-Order within one reply: any number of reasoning runs (deltas, then ReasoningEnd) and text runs, then
-tool calls, each ToolCallStart, ToolCallArguments..., ToolCallEnd; exactly one Finished comes last.
+Order within one reply: PromptProgress as the prompt is read, then any number of reasoning runs
+(deltas, then ReasoningEnd) and text runs, then tool calls, each ToolCallStart,
+ToolCallArguments..., ToolCallEnd; exactly one Finished comes last.
 """
 
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 FinishReason: TypeAlias = Literal["stop", "length", "tool_calls", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptProgress:
+    """So much of the prompt is read; `read_tokens` includes what was cached."""
+
+    read_tokens: int
+    total_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +107,8 @@ class Finished:
 
 
 Event: TypeAlias = (
-    ReasoningDelta
+    PromptProgress
+    | ReasoningDelta
     | ReasoningEnd
     | TextDelta
     | ToolCallStart
