@@ -7,7 +7,7 @@ conversations, and leaves all arithmetic to the engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 from hybridk2.chat.events import Event, PromptProgress, Usage
@@ -68,7 +68,7 @@ class Assistant:
         messages: Sequence[Message],
         tools: Sequence[Tool] | None = None,
         params: SamplingParams | None = None,
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         """Answer a conversation. Closing the iterator ends the reply; the last event is Finished.
 
         messages, tools: OpenAI-style. params: None for the defaults. Raises ChatError for messages
