@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
-import torch
 
 from hybridk2.checkpoint import Layout, LoadProgress, Role, TensorSpec
 from hybridk2.config import GROUP_SIZE, K2Config, RopeScaling
@@ -363,10 +362,16 @@ def _codes(words: np.ndarray) -> np.ndarray:
 def _reals(random: np.ndarray, spec: TensorSpec) -> np.ndarray:
     """Random 16-bit integers as uniform values around the center that the tensor's role has."""
     center, spread = _center_and_spread(spec)
-    values = torch.from_numpy(random).to(torch.float32).mul_(spread / (1 << 15)).add_(center)
+    values = random.astype(np.float32)
+    values *= np.float32(spread / (1 << 15))
+    values += np.float32(center)
     if spec.dtypes[0] == "F32":
-        return values.numpy()
-    return values.to(torch.bfloat16).view(torch.int16).numpy()
+        return values
+    # bfloat16 is the upper half of float32; half of the last bit kept is added to round.
+    bits = values.view(np.uint32)
+    bits += np.uint32(0x8000)
+    bits >>= np.uint32(16)
+    return bits.astype(np.uint16)
 
 
 def _center_and_spread(spec: TensorSpec) -> tuple[float, float]:

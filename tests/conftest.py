@@ -13,3 +13,13 @@ def shared_dir() -> Path:
     if not (SHARED / "k2" / "vectors").is_dir():
         pytest.skip(f"test vectors are not here: {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint in K2's format, under 1 MB: 3 layers, 8 experts, top-2. Read only."""
+    from hybridk2.synthesis import synthesize, synthetic_config
+
+    folder = tmp_path_factory.mktemp("checkpoints") / "small"
+    synthesize(folder, synthetic_config("tiny"), seed=0)
+    return folder

@@ -177,11 +177,6 @@ class ExpertReader:
             _check_finite(views.scale, shard, spec.scale, entry.dtype, 0)
         return ExpertWeights(**self._linears)
 
-    def expect(self, layer: int, expert: int) -> None:
-        """Tell the kernel that this expert is read next."""
-        for run in self._runs(self._layout.expert(layer, expert)):
-            run.shard.expect_reads(run.offset, run.num_bytes)
-
     def forget(self, layer: int, expert: int) -> None:
         """Tell the kernel that this expert will not be read again."""
         for run in self._runs(self._layout.expert(layer, expert)):

@@ -103,10 +103,6 @@ class SafetensorsFile:
             if count:
                 left[0] = left[0][count:]
 
-    def expect_reads(self, offset: int, num_bytes: int) -> None:
-        """Tell the kernel that these bytes are wanted soon, all of them."""
-        os.posix_fadvise(self._descriptor, offset, num_bytes, os.POSIX_FADV_WILLNEED)
-
     def forget(self, offset: int, num_bytes: int) -> None:
         """Tell the kernel that these bytes will not be read again, so it need not cache them."""
         os.posix_fadvise(self._descriptor, offset, num_bytes, os.POSIX_FADV_DONTNEED)
@@ -171,35 +167,41 @@ def _check_metadata(metadata: Any, path: Path) -> None:
 
 
 def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
-    where = f"{path}: {_name(name)}"
     if not isinstance(value, dict) or value.keys() != _ENTRY_KEYS:
-        raise CheckpointError(
-            f"{where}: expected dtype, shape and data_offsets in the header, found {shown(value)}. "
-            "Is the download complete?"
+        raise _damage(
+            path,
+            name,
+            f"expected dtype, shape and data_offsets in the header, found {shown(value)}",
         )
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     bits = DTYPE_BITS.get(dtype) if isinstance(dtype, str) else None
     if bits is None:
-        raise CheckpointError(f"{where}: unknown dtype {shown(dtype)}. Is the download complete?")
+        raise _damage(path, name, f"unknown dtype {shown(dtype)}")
     if not _is_counts(shape) or len(shape) > _MAX_DIMENSIONS:
-        raise CheckpointError(f"{where}: {shown(shape)} is no shape. Is the download complete?")
+        raise _damage(path, name, f"{shown(shape)} is no shape")
     if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(
-            f"{where}: data_offsets {shown(offsets)} are no byte range. Is the download complete?"
-        )
+        raise _damage(path, name, f"data_offsets {shown(offsets)} are no byte range")
     begin, end = offsets
     expected_bytes = math.prod(shape) * bits // 8
     if end - begin != expected_bytes:
-        raise CheckpointError(
-            f"{where}: {shown(dtype)} {shown(tuple(shape))} takes {shown(expected_bytes)} bytes, "
-            f"found data_offsets [{shown(begin)}, {shown(end)}], which are {shown(end - begin)}. "
-            "Is the download complete?"
+        raise _damage(
+            path,
+            name,
+            f"{dtype} {shown(tuple(shape))} takes {shown(expected_bytes)} bytes, "
+            f"found data_offsets {shown(offsets)}, which are {shown(end - begin)}",
         )
     return TensorEntry(dtype, tuple(shape), data_start + begin, expected_bytes)
 
 
+def _damage(path: Path, name: str, problem: str) -> CheckpointError:
+    return CheckpointError(f"{path}: {_name(name)}: {problem}. Is the download complete?")
+
+
 def _is_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    """Whether this is a list of non-negative 63-bit integers. JSON's may be far longer."""
+    return isinstance(value, list) and all(
+        type(item) is int and 0 <= item < 1 << 63 for item in value
+    )
 
 
 def _check_ranges(
@@ -208,19 +210,21 @@ def _check_ranges(
     """The data must be covered once: no overlap, no hole, nothing behind the last tensor."""
     position = data_start
     previous = "the header"
-    for name, entry in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1][3])):
+    for name, entry in sorted(
+        tensors.items(), key=lambda item: (item[1].offset, item[1].num_bytes)
+    ):
         if entry.offset != position:
             relation = "overlaps" if entry.offset < position else "leaves a hole after"
-            raise CheckpointError(
-                f"{path}: {_name(name)}: starts at byte {shown(entry.offset)} and {relation} "
-                f"{_name(previous)}, which ends at byte {shown(position)}. "
-                "Is the download complete?"
+            raise _damage(
+                path,
+                name,
+                f"starts at byte {shown(entry.offset)} and {relation} {_name(previous)}, "
+                f"which ends at byte {shown(position)}",
             )
         position += entry.num_bytes
         if position > file_bytes:
-            raise CheckpointError(
-                f"{path}: {_name(name)}: ends at byte {shown(position)}, the file at byte "
-                f"{file_bytes}. Is the download complete?"
+            raise _damage(
+                path, name, f"ends at byte {shown(position)}, the file at byte {file_bytes}"
             )
         previous = name
     if position != file_bytes:

@@ -118,7 +118,6 @@ class _Loading:
         try:
             while (next_expert := self._take()) is not None:
                 layer, expert = next_expert
-                reader.expect(layer, expert)
                 weights = reader.read(layer, expert)
                 slot = layer - self._checkpoint.config.first_k_dense_replace
                 self._experts.load_expert(slot, expert, weights.gate, weights.up, weights.down)
