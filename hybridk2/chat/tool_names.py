@@ -28,18 +28,20 @@ def guess_name(arguments: str, tools: Sequence[Mapping[str, Any]]) -> str:
     """The declared tool that these arguments fit best; UNKNOWN_TOOL when none has such arguments.
 
     A tool that takes every argument and misses none of its required ones comes first, then the one
-    with the most arguments in common; the first declared wins a tie.
+    with the most arguments in common, then the one that leaves the fewest unused; the first
+    declared wins a tie.
     """
     try:
         parsed = json.loads(arguments or "{}")
     except (ValueError, RecursionError):
         parsed = None
     names: set[str] = set(parsed) if isinstance(parsed, dict) else set()
-    best_name, best_fit = UNKNOWN_TOOL, (False, 0)
+    best_name, best_fit = UNKNOWN_TOOL, (False, 0, 0)
     for tool in tools:
         function = tool["function"]
         properties, required = _argument_names(function.get("parameters"))
-        fit = (parsed is not None and required <= names <= properties, len(names & properties))
+        is_complete = parsed is not None and required <= names <= properties
+        fit = (is_complete, len(names & properties), -len(properties - names))
         if fit > best_fit:
             best_name, best_fit = function["name"], fit
     return best_name
