@@ -4,7 +4,7 @@ Owns stop strings and the collecting of events into one assistant message. Works
 of token ids; does not know the engine that makes them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from hybridk2.chat.events import (
@@ -13,7 +13,7 @@ from hybridk2.chat.events import (
     FinishReason,
     ReasoningDelta,
     TextDelta,
-    ToolCallEnd,
+    ToolCallArguments,
     ToolCallStart,
     Usage,
 )
@@ -28,7 +28,7 @@ def stream(
     *,
     end_reason: Callable[[], EndReason] = lambda: "length",
     usage: Callable[[], Usage] | None = None,
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Parse tokens into events, until the message ends, a stop string appears or tokens run out.
 
     stop_strings: the first to be complete in visible text ends the reply, and is not shown.
@@ -96,6 +96,7 @@ def collect(events: Iterable[Event]) -> Reply:
     reasoning: list[str] = []
     text: list[str] = []
     tool_calls: list[dict[str, Any]] = []
+    arguments: list[list[str]] = []
     finish = Finished("cancelled")
     for event in events:
         match event:
@@ -104,12 +105,15 @@ def collect(events: Iterable[Event]) -> Reply:
             case TextDelta(delta):
                 text.append(delta)
             case ToolCallStart(_, call_id, name):
-                function = {"name": name, "arguments": ""}
+                function = {"name": name}
                 tool_calls.append({"id": call_id, "type": "function", "function": function})
-            case ToolCallEnd(index, arguments):
-                tool_calls[index]["function"]["arguments"] = arguments
+                arguments.append([])
+            case ToolCallArguments(index, delta):
+                arguments[index].append(delta)
             case Finished():
                 finish = event
+    for call, parts in zip(tool_calls, arguments, strict=True):
+        call["function"]["arguments"] = "".join(parts)
     return Reply("".join(reasoning), "".join(text) or None, tool_calls, finish)
 
 
