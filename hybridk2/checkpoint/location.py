@@ -58,25 +58,24 @@ def locate_model(model: str) -> Path:
 def download_model(hub_id: str, on_progress: Callable[[LoadProgress], None]) -> Path:
     """Fetch a model into the local Hugging Face cache, or complete it, and return its folder.
 
-    An interrupted download is resumed. on_progress is called from another thread, at most four
-    times a second and once at the end. Raises CheckpointError when the hub cannot be reached or
+    Files that an interrupted download had finished are kept. on_progress counts what was missing
+    at the start; it is called from another thread, about four times a second, and once at the end.
+    Raises CheckpointError when the hub cannot be reached or
     refuses.
     """
     if not _HUB_ID.fullmatch(hub_id):
         raise CheckpointError(f"{hub_id}: expected a Hugging Face id (organisation/name)")
     hub = _import_hub(hub_id)
+    blobs = Path(hub.constants.HF_HUB_CACHE, f"models--{hub_id.replace('/', '--')}", "blobs")
     try:
-        info = hub.HfApi().model_info(hub_id, files_metadata=True)
+        files = hub.HfApi().model_info(hub_id, files_metadata=True).siblings
         needed = hub.utils.filter_repo_objects(
-            info.siblings, allow_patterns=list(_NEEDED_FILES), key=lambda file: file.rfilename
+            files, allow_patterns=list(_NEEDED_FILES), key=lambda file: file.rfilename
         )
-        total_bytes = sum(file.size or 0 for file in needed)
-        with _CacheWatch(_cached_blobs(hub, hub_id), total_bytes, on_progress):
+        missing_bytes = sum(file.size for file in needed if not (blobs / _blob_name(file)).exists())
+        with _CacheWatch(blobs, missing_bytes, on_progress):
             folder = hub.snapshot_download(
-                hub_id,
-                revision=info.sha,
-                allow_patterns=list(_NEEDED_FILES),
-                tqdm_class=_silent_bar(hub),
+                hub_id, allow_patterns=list(_NEEDED_FILES), tqdm_class=_silent_bar(hub)
             )
     except hub.errors.GatedRepoError as error:
         raise CheckpointError(
@@ -87,7 +86,9 @@ def download_model(hub_id: str, on_progress: Callable[[LoadProgress], None]) -> 
         raise CheckpointError(
             f"{hub_id}: the hub knows no such model, or it is private and needs `hf auth login`"
         ) from error
-    except (hub.errors.HfHubHTTPError, hub.errors.LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:
+        # What a broken connection raises belongs to the HTTP library under the client, which has
+        # changed from version to version.
         raise CheckpointError(
             f"{hub_id}: the download failed: {error}. Run the command again to resume it"
         ) from error
@@ -107,7 +108,9 @@ def _nano_folder() -> Path:
 def _import_hub(model: str) -> Any:
     try:
         import huggingface_hub
+        import huggingface_hub.constants
         import huggingface_hub.errors
+        import huggingface_hub.utils
     except ImportError as error:
         raise CheckpointError(
             f"{model}: there is no such folder, and Hugging Face models need "
@@ -116,8 +119,9 @@ def _import_hub(model: str) -> Any:
     return huggingface_hub
 
 
-def _cached_blobs(hub: Any, hub_id: str) -> Path:
-    return Path(hub.constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}" / "blobs"
+def _blob_name(file: Any) -> str:
+    """What the cache calls a file's content: its git hash, or its SHA-256 when git LFS keeps it."""
+    return file.lfs.sha256 if file.lfs else file.blob_id
 
 
 def _silent_bar(hub: Any) -> type:
@@ -131,21 +135,21 @@ def _silent_bar(hub: Any) -> type:
 
 
 class _CacheWatch:
-    """Reports how large the cached files have grown, while the hub's client downloads.
+    """Reports how the cached files grow while the hub's client downloads.
 
     The client's own progress hooks differ from version to version; the cache's layout does not.
     """
 
     def __init__(
-        self, blobs: Path, total_bytes: int, on_progress: Callable[[LoadProgress], None]
+        self, blobs: Path, missing_bytes: int, on_progress: Callable[[LoadProgress], None]
     ) -> None:
         self._blobs = blobs
-        self._total_bytes = total_bytes
+        self._missing_bytes = missing_bytes
         self._on_progress = on_progress
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._start = time.monotonic()
-        self._bytes_at_start = self._cached_bytes()
+        self._sizes_at_start = self._sizes()
 
     def __enter__(self) -> None:
         self._thread.start()
@@ -154,23 +158,26 @@ class _CacheWatch:
         self._done.set()
         self._thread.join()
         if error[0] is None:
-            self._report(self._total_bytes)
+            self._report(self._missing_bytes)
 
     def _watch(self) -> None:
         while not self._done.wait(_POLL_SECONDS):
-            self._report(min(self._cached_bytes(), self._total_bytes))
+            grown_bytes = sum(
+                size - self._sizes_at_start.get(name, 0) for name, size in self._sizes().items()
+            )
+            self._report(min(grown_bytes, self._missing_bytes))
 
-    def _report(self, cached_bytes: int) -> None:
+    def _report(self, done_bytes: int) -> None:
         seconds = time.monotonic() - self._start
-        self._on_progress(LoadProgress("download", cached_bytes, self._total_bytes, seconds))
+        self._on_progress(LoadProgress("download", done_bytes, self._missing_bytes, seconds))
 
-    def _cached_bytes(self) -> int:
+    def _sizes(self) -> dict[str, int]:
         if not self._blobs.is_dir():
-            return 0
-        total = 0
+            return {}
+        sizes = {}
         for entry in os.scandir(self._blobs):
             try:
-                total += entry.stat().st_size
-            except FileNotFoundError:  # an .incomplete file that has just got its final name
+                sizes[entry.name] = entry.stat().st_size
+            except FileNotFoundError:  # a partial file that has just got its final name
                 continue
-        return total
+        return sizes

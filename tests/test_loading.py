@@ -1,0 +1,156 @@
+"""All routed experts arrive once, whole and in their slots, or loading stops with the reason."""
+
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from hybridk2.checkpoint import Checkpoint, LoadProgress
+from hybridk2.errors import CheckpointError, OutOfMemoryError
+from hybridk2.experts.loading import check_memory, load_experts
+from hybridk2.synthesis import synthesize, synthetic_config
+
+
+class RecordingStore:
+    """Stands in for HostExperts: keeps copies, as it keeps panels."""
+
+    def __init__(self, delay_seconds: float = 0.0, fail_at: tuple[int, int] | None = None) -> None:
+        self.experts: dict[tuple[int, int], list[torch.Tensor]] = {}
+        self.threads: set[int] = set()
+        self.calls = 0
+        self._delay_seconds = delay_seconds
+        self._fail_at = fail_at
+        self._lock = threading.Lock()
+
+    def load_expert(self, slot, expert, gate, up, down) -> None:
+        with self._lock:
+            self.calls += 1
+        if (slot, expert) == self._fail_at:
+            raise RuntimeError("no room for this one")
+        time.sleep(self._delay_seconds)
+        tensors = [
+            tensor.clone()
+            for linear in (gate, up, down)
+            for tensor in (linear.packed, linear.scale)
+        ]
+        with self._lock:
+            assert (slot, expert) not in self.experts, "loaded twice"
+            self.experts[slot, expert] = tensors
+            self.threads.add(threading.get_ident())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 8, 64])
+def test_every_expert_arrives_once_in_its_slot_whatever_the_number_of_threads(
+    small_checkpoint, threads
+):
+    checkpoint, store = Checkpoint.open(small_checkpoint), RecordingStore()
+    load_experts(checkpoint, store, lambda progress: None, threads=threads)
+    assert store.experts.keys() == {(slot, expert) for slot in range(2) for expert in range(8)}
+    for (slot, number), found in store.experts.items():
+        expert = checkpoint.expert(slot + 1, number)
+        expected = [
+            tensor
+            for linear in (expert.gate, expert.up, expert.down)
+            for tensor in (linear.packed, linear.scale)
+        ]
+        assert all(map(torch.equal, found, expected)), (slot, number)
+
+
+def test_the_experts_kept_by_the_extension_are_those_of_the_checkpoint(small_checkpoint):
+    host = pytest.importorskip("hybridk2.experts.host", reason="the extension is not built")
+    checkpoint = Checkpoint.open(small_checkpoint)
+    config = checkpoint.config
+    with host.HostExperts(
+        config.num_moe_layers,
+        config.n_routed_experts,
+        config.hidden_size,
+        config.moe_intermediate_size,
+        threads=2,
+    ) as experts:
+        load_experts(checkpoint, experts, lambda progress: None)
+        for slot, number in [(0, 0), (1, 7)]:
+            stored = checkpoint.expert(slot + 1, number)
+            kept = experts.expert_weights(slot, number)
+            for linear, weights in zip((stored.gate, stored.up, stored.down), kept, strict=True):
+                shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+                codes = (linear.packed.unsqueeze(-1) >> shifts & 15).flatten(1) - 8
+                expected = codes * linear.scale.float().repeat_interleave(32, dim=1)
+                assert torch.equal(weights, expected), (slot, number)
+
+
+def test_progress_counts_up_to_the_expert_bytes_at_most_ten_times_a_second(small_checkpoint):
+    checkpoint, reports = Checkpoint.open(small_checkpoint), list[LoadProgress]()
+    load_experts(checkpoint, RecordingStore(delay_seconds=0.03), reports.append, threads=1)
+    done = [report.done_bytes for report in reports]
+    assert done == sorted(done)
+    assert done[-1] == checkpoint.expert_bytes
+    assert {report.total_bytes for report in reports} == {checkpoint.expert_bytes}
+    assert 2 <= len(reports) <= 10 * reports[-1].seconds + 1
+
+
+def test_progress_tells_rate_and_time_left():
+    progress = LoadProgress("experts", done_bytes=4 * 10**9, total_bytes=10**10, seconds=2.0)
+    assert progress.gigabytes_per_second == 2.0
+    assert progress.eta_seconds == 3.0
+    start = LoadProgress("experts", done_bytes=0, total_bytes=10**10, seconds=0.0)
+    assert start.gigabytes_per_second == 0.0
+    assert start.eta_seconds is None
+
+
+def test_an_error_of_the_store_stops_the_other_threads_and_is_raised(small_checkpoint):
+    store = RecordingStore(delay_seconds=0.05, fail_at=(0, 1))
+    with pytest.raises(RuntimeError, match="no room for this one"):
+        load_experts(Checkpoint.open(small_checkpoint), store, lambda progress: None, threads=2)
+    assert store.calls <= 4  # of 16: each thread may have been inside one more expert
+
+
+def test_a_damaged_expert_stops_loading_with_the_name_of_the_tensor(small_checkpoint, tmp_path):
+    folder = Path(shutil.copytree(small_checkpoint, tmp_path / "damaged"))
+    checkpoint = Checkpoint.open(folder)
+    os.truncate(folder / "model-00003-of-000004.safetensors", 100_000)
+    with pytest.raises(CheckpointError, match=r"model-00003-of-000004.*model\.layers\.2\.mlp"):
+        load_experts(checkpoint, RecordingStore(), lambda progress: None)
+
+
+def test_an_interrupt_while_progress_is_shown_stops_loading(small_checkpoint):
+    def interrupt(progress: LoadProgress) -> None:
+        raise KeyboardInterrupt
+
+    store = RecordingStore(delay_seconds=0.08)
+    with pytest.raises(KeyboardInterrupt):
+        load_experts(Checkpoint.open(small_checkpoint), store, interrupt, threads=1)
+    assert store.calls < 16
+    assert not [thread for thread in threading.enumerate() if "hybridk2-load" in thread.name]
+
+
+def test_memory_is_checked_before_loading_and_refused_with_all_numbers(small_checkpoint):
+    checkpoint = Checkpoint.open(small_checkpoint)
+    needed_bytes = checkpoint.expert_bytes + checkpoint.dense_bytes + 10**9
+    check_memory(checkpoint, needed_bytes)
+    with pytest.raises(OutOfMemoryError) as error:
+        check_memory(checkpoint, needed_bytes - 10**9)
+    assert f"{needed_bytes / 1e9:.2f} GB of RAM" in str(error.value)
+    assert "1.00 GB are missing" in str(error.value)
+
+
+@pytest.mark.soak
+def test_loading_needs_one_expert_of_memory_per_thread_beyond_what_is_kept(tmp_path):
+    """1.2 GB of experts with K2's true dimensions pass through two buffers of 25 MB."""
+    synthesize(tmp_path / "wide", synthetic_config("full", layers=2, experts=48), seed=0)
+    checkpoint, process = Checkpoint.open(tmp_path / "wide"), psutil.Process()
+    resident_bytes = process.memory_info().rss
+    peak_bytes = 0
+
+    class Watch:
+        def load_expert(self, slot, expert, gate, up, down) -> None:
+            nonlocal peak_bytes
+            peak_bytes = max(peak_bytes, process.memory_info().rss - resident_bytes)
+
+    load_experts(checkpoint, Watch(), lambda progress: None, threads=2)
+    # Two experts of 24,772,608 bytes, and the check's scratch and Python's own on top.
+    assert 24_772_608 <= peak_bytes <= 2 * 24_772_608 + 16_000_000
