@@ -164,8 +164,12 @@ class Chat:
         return _stopped(reply)
 
     def _reply(self, params: SamplingParams) -> Reply:
-        self._end_warming()
+        warming, self._warming = self._warming, None
+        if warming is not None:
+            warming.stop()  # where it is: the reply reads the rest, and shows how far that is
         reply = stream_reply(self._worker, self.assistant, self.conversation, params, self._view)
+        if warming is not None and warming.finished:
+            self._report_failure(warming)
         if reply.error is not None:
             self.warn(str(reply.error))
         else:
@@ -220,18 +224,12 @@ class Chat:
 
         self._warming = self._worker.submit(warm)
 
-    def _end_warming(self) -> None:
-        """Stop it where it is: the reply reads the rest, and shows how far that is.
-
-        A failure must not pass unseen.
-        """
-        job, self._warming = self._warming, None
-        if job is not None:
-            job.stop()
-            try:
-                job.result()
-            except HybridK2Error as error:
-                self.warn(f"the last turn could not be prepared ahead: {error}")
+    def _report_failure(self, warming: Job[None, None]) -> None:
+        """It cost the next reply nothing but time; it must not pass unseen all the same."""
+        try:
+            warming.result()
+        except HybridK2Error as error:
+            self.warn(f"the last turn could not be prepared ahead: {error}")
 
 
 def _stopped(reply: Reply) -> bool:

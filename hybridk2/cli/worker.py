@@ -11,12 +11,15 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+_SIGNAL_TURN_SECONDS = 0.1  # how late Ctrl-C may be at worst; a wakeup costs microseconds
 
 
 class _End:
@@ -44,10 +47,22 @@ class Job(Generic[Item, Result]):
         self._items.put(_End())
 
     def __iter__(self) -> Iterator[Item]:
-        while not isinstance(item := self._items.get(), _End):
+        while not isinstance(item := self._next(), _End):
             yield item
         if not self.stopped and self._error is not None:
             raise self._error
+
+    def _next(self) -> Item | _End:
+        """Wait in short turns: a signal that comes just before a wait is only seen after it."""
+        while True:
+            try:
+                return self._items.get(timeout=_SIGNAL_TURN_SECONDS)
+            except Empty:
+                continue
+
+    @property
+    def finished(self) -> bool:
+        return self._finished.is_set()
 
     def result(self) -> Result:
         """Wait for the end; what the function returned. Raises what it raised."""
