@@ -186,7 +186,7 @@ class LiveView:
             self._calls[event.index] = event.name
         elif isinstance(event, ToolCallEnd):
             name = self._calls.pop(event.index)
-            self._console.print(Text("calls " + call_line(name, event.arguments), style="bold"))
+            self._print(Text("calls " + call_line(name, event.arguments), style="bold"))
 
     def _fold(self) -> None:
         reasoning = self._reply.reasoning[self._counted :]
@@ -196,10 +196,10 @@ class LiveView:
         self._counted = len(self._reply.reasoning)
         self._filter = TerminalFilter()
         if self._show_thinking:
-            self._console.print(Text(thought.strip(), style="dim"))
+            self._print(Text(thought.strip(), style="dim"))
         seconds = self._reply.thinking_seconds_at(self._clock())
         line = thought_line(seconds, self._count_tokens(reasoning))
-        self._console.print(Text(line, style="dim italic"))
+        self._print(Text(line, style="dim italic"))
 
     def _print_blocks(self, everything: bool) -> None:
         finished, tail = (self._tail, "") if everything else split_finished(self._tail)
@@ -207,9 +207,14 @@ class LiveView:
         lines = markdown_lines(self._console, finished)
         if lines:
             if self._blocks:
-                self._console.print()
-            self._console.print(SegmentLines(lines, new_lines=True))
+                self._print()
+            self._print(SegmentLines(lines, new_lines=True))
             self._blocks += 1
+
+    def _print(self, *content: RenderableType) -> None:
+        """Print above the region, redrawn first: rich would put its last frame below once more."""
+        self._live.refresh()
+        self._console.print(*content)
 
     def _region(self) -> RenderableType:
         """What is drawn at the bottom until the next frame; never taller than the window."""
