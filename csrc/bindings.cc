@@ -1,0 +1,96 @@
+// hybridk2._native: the engine's experts for Python. Tensors arrive as addresses, whose dtype,
+// shape and lifetime hybridk2/experts/host.py has checked; everything that is not a tensor is
+// checked in C++.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <string>
+
+#include "errors.h"
+#include "experts.h"
+#include "read_roof.h"
+
+namespace py = pybind11;
+
+namespace hybridk2 {
+namespace {
+
+// In a child of fork() the threads do not exist and their condition variables still count sleepers:
+// destroying them would wait forever. The child's copy is left to the end of its process.
+struct DeleteInOwnProcess {
+  void operator()(Experts* experts) const {
+    if (!experts->belongs_to_this_process()) return;
+    const py::gil_scoped_release release;  // waits for jobs in flight
+    delete experts;
+  }
+};
+using ExpertsHolder = std::unique_ptr<Experts, DeleteInOwnProcess>;
+
+template <typename T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+PackedMatrix matrix(const std::pair<uintptr_t, uintptr_t>& addresses) {
+  return {at<const uint32_t>(addresses.first), at<const uint16_t>(addresses.second)};
+}
+
+ExpertsHolder create(int64_t num_layers, int64_t num_experts, int64_t hidden, int64_t intermediate,
+                     const std::string& isa, int threads, bool huge_pages) {
+  const ExpertsShape shape{num_layers, num_experts, hidden, intermediate};
+  return ExpertsHolder(new Experts(shape, isa, threads, huge_pages));
+}
+
+void load(Experts& experts, int64_t layer, int64_t expert,
+          const std::pair<uintptr_t, uintptr_t>& gate, const std::pair<uintptr_t, uintptr_t>& up,
+          const std::pair<uintptr_t, uintptr_t>& down) {
+  experts.load(layer, expert, {matrix(gate), matrix(up), matrix(down)});
+}
+
+void dequantise(const Experts& experts, int64_t layer, int64_t expert, uintptr_t gate, uintptr_t up,
+                uintptr_t down) {
+  experts.dequantise(layer, expert, at<float>(gate), at<float>(up), at<float>(down));
+}
+
+Ticket submit(Experts& experts, int64_t layer, int64_t num_tokens, int64_t top_k, uintptr_t x,
+              bool bf16, uintptr_t expert_ids, uintptr_t weights, uintptr_t out) {
+  return experts.submit({layer, num_tokens, top_k, at<const void>(x),
+                         bf16 ? Precision::kBf16 : Precision::kFp32, at<const int32_t>(expert_ids),
+                         at<const float>(weights), at<float>(out)});
+}
+
+// Types are looked up by name in the module, so that they live exactly as long as it does.
+void translate_errors(py::module_& module) {
+  py::register_exception<ConfigurationError>(module, "ConfigurationError", PyExc_ValueError);
+  py::register_exception<StateError>(module, "StateError", PyExc_RuntimeError);
+  py::register_exception<OutOfMemory>(module, "OutOfMemory", PyExc_MemoryError);
+}
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "Routed INT4 experts in host memory. Used by hybridk2.experts.host only.";
+  translate_errors(module);
+  using Release = py::call_guard<py::gil_scoped_release>;
+  module.def("available_isas", &available_isas);
+  py::class_<Job, Ticket>(module, "Ticket").def_property_readonly("done", &Job::done);
+  py::class_<Experts, ExpertsHolder>(module, "Experts")
+      .def(py::init(&create), py::arg("num_layers"), py::arg("num_experts"), py::arg("hidden"),
+           py::arg("intermediate"), py::arg("isa"), py::arg("threads"), py::arg("huge_pages"))
+      .def_property_readonly("isa", &Experts::isa)
+      .def_property_readonly("threads", &Experts::threads)
+      .def_property_readonly("huge_pages", &Experts::huge_pages)
+      .def_property_readonly("weight_bytes", &Experts::weight_bytes)
+      .def("load", &load, Release())
+      .def("dequantise", &dequantise, Release())
+      .def("submit", &submit, Release())
+      .def("wait", &Experts::wait, Release())
+      .def("read_weights_seconds", &Experts::read_weights_seconds, Release());
+  py::list loops;
+  for (int loop = 0; loop < kNumReadLoops; ++loop) loops.append(read_loop_name(loop));
+  module.attr("READ_LOOPS") = py::tuple(loops);
+}
+
+}  // namespace
+}  // namespace hybridk2

@@ -1,0 +1,60 @@
+// Work handed to one thread, in order: submit, keep the ticket, wait. Knows nothing of what the
+// work is.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <deque>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+
+#include "doorbell.h"
+
+namespace hybridk2 {
+
+// A submitted job. Outlives its queue.
+class Job {
+ public:
+  // Returns when the job is done; throws what the job threw. Any thread, any number of times.
+  void wait(std::chrono::microseconds spin);
+  bool done() const { return done_.load(); }
+
+ private:
+  friend class JobQueue;
+  std::function<void()> work_;
+  std::exception_ptr error_;  // written before done_, read after
+  std::atomic<bool> done_{false};
+  Doorbell done_bell_;
+};
+
+using Ticket = std::shared_ptr<Job>;
+
+class JobQueue {
+ public:
+  // on_start runs first on the queue's thread. spin: how long that thread spins for the next job.
+  JobQueue(std::function<void()> on_start, std::chrono::microseconds spin);
+  // Finishes every submitted job.
+  ~JobQueue();
+  JobQueue(const JobQueue&) = delete;
+  JobQueue& operator=(const JobQueue&) = delete;
+
+  // Any thread. Jobs run one at a time, in the order of submission.
+  Ticket submit(std::function<void()> work);
+
+ private:
+  void serve();
+  Ticket take();
+
+  std::chrono::microseconds spin_;
+  std::mutex mutex_;
+  std::deque<Ticket> jobs_;  // under mutex_
+  std::atomic<int64_t> submitted_{0};
+  std::atomic<bool> stop_{false};
+  Doorbell arrival_;
+  std::thread thread_;
+};
+
+}  // namespace hybridk2

@@ -1,0 +1,227 @@
+"""Routed experts in host memory.
+
+Owns the packed INT4 weights and the queue to the C++ workers; the only file that imports the
+extension. Knows nothing of CUDA or of files: it receives host tensors and returns host tensors. The
+caller (router.py) decides what overlaps with what.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from hybridk2 import _native
+from hybridk2.checkpoint import QuantizedLinear
+from hybridk2.errors import ConfigError, EngineError, OutOfMemoryError
+
+__all__ = ["HostExperts", "Ticket", "available_isas"]
+
+logger = logging.getLogger(__name__)
+
+
+def available_isas() -> list[str]:
+    """Instruction sets whose kernels this machine can run, slowest first."""
+    return list(_native.available_isas())
+
+
+class Ticket:
+    """One submitted layer, to be given to `HostExperts.wait`. Keeps its tensors alive."""
+
+    def __init__(
+        self, job: _native.Ticket, inputs: tuple[Tensor, Tensor, Tensor], out: Tensor
+    ) -> None:
+        self._job = job
+        self._inputs = inputs
+        self._out = out
+
+
+class HostExperts:
+    """All routed experts of the model, packed, with the threads that compute them.
+
+    weight_bytes: what the packed weights occupy once all experts are loaded: 4.5 bits per weight.
+    isa, threads: what runs.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_experts: int,
+        hidden: int,
+        intermediate: int,
+        *,
+        isa: str | None = None,
+        threads: int | None = None,
+        huge_pages: bool = True,
+    ) -> None:
+        """Reserve the memory and start the threads.
+
+        num_layers: MoE layers only; slot 0 is the first of them. hidden, intermediate: multiples of
+        32. isa: one of `available_isas()`; None for the one that the environment variable
+        HYBRIDK2_ISA names, else the fastest. threads: None for one per physical core.
+
+        Raises ConfigError for an instruction set or a shape that cannot be run, OutOfMemoryError with
+        the bytes that were asked for.
+        """
+        if threads is not None and threads < 1:
+            raise ConfigError(f"threads: expected 1 or more, found {threads}")
+        self.hidden = hidden
+        self.intermediate = intermediate
+        with _engine_errors(argument_error=ConfigError):
+            self._native: _native.Experts | None = _native.Experts(
+                num_layers, num_experts, hidden, intermediate, isa or "", threads or 0, huge_pages
+            )
+        self.isa: str = self._native.isa
+        self.threads: int = self._native.threads
+        self.weight_bytes: int = self._native.weight_bytes
+        self.huge_pages: bool = self._native.huge_pages
+        logger.info(
+            "host experts: %s kernels, %d threads, %.1f GB of weights in %s pages",
+            self.isa,
+            self.threads,
+            self.weight_bytes / 1e9,
+            "2 MB" if self.huge_pages else "4 KB",
+        )
+
+    def load_expert(
+        self,
+        slot: int,
+        expert: int,
+        gate: QuantizedLinear,
+        up: QuantizedLinear,
+        down: QuantizedLinear,
+    ) -> None:
+        """Repack one expert. Any thread may call it; the matrices can be dropped afterwards.
+
+        gate, up: (intermediate, hidden); down: (hidden, intermediate). Raises EngineError for a wrong
+        shape, dtype or place, or an expert that was loaded before.
+        """
+        where = f"layer slot {slot}, expert {expert}"
+        self._check_matrix(f"{where}: gate", gate, self.intermediate, self.hidden)
+        self._check_matrix(f"{where}: up", up, self.intermediate, self.hidden)
+        self._check_matrix(f"{where}: down", down, self.hidden, self.intermediate)
+        with _engine_errors():
+            self._open().load(slot, expert, _addresses(gate), _addresses(up), _addresses(down))
+
+    def expert_weights(self, slot: int, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate, up and down of an expert as fp32, dequantised from what the kernels read.
+
+        Exact: a 4-bit integer times a bf16 scale fits into fp32.
+        """
+        gate = torch.empty(self.intermediate, self.hidden)
+        up = torch.empty(self.intermediate, self.hidden)
+        down = torch.empty(self.hidden, self.intermediate)
+        with _engine_errors():
+            self._open().dequantise(slot, expert, gate.data_ptr(), up.data_ptr(), down.data_ptr())
+        return gate, up, down
+
+    def submit(self, slot: int, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Ticket:
+        """Start one layer's routed experts; return before they are done. Any thread may call it.
+
+        x: (tokens, hidden), bfloat16 or float32. With bfloat16, silu(gate x) * up x is rounded to
+        bfloat16 before down; with float32 nothing is rounded. Sums are fp32 in both. expert_ids:
+        (tokens, k) int32, -1 where another place computes that expert; an expert may stand twice in a
+        row. weights: (tokens, k) float32. All three are contiguous CPU tensors and stay unmodified
+        until `wait`.
+
+        Raises EngineError, before any work starts, for tensors of another form, ids out of range and
+        experts that are not loaded.
+        """
+        native = self._open()
+        if x.dtype not in (torch.bfloat16, torch.float32):
+            raise EngineError(f"x: expected bfloat16 or float32, found {x.dtype}")
+        _check_tensor("x", x, x.dtype, (None, self.hidden))
+        tokens = x.shape[0]
+        _check_tensor("expert_ids", expert_ids, torch.int32, (tokens, None))
+        top_k = expert_ids.shape[1]
+        _check_tensor("weights", weights, torch.float32, (tokens, top_k))
+        out = torch.empty(tokens, self.hidden)
+        with _engine_errors():
+            job = native.submit(
+                slot,
+                tokens,
+                top_k,
+                x.data_ptr(),
+                x.dtype == torch.bfloat16,
+                expert_ids.data_ptr(),
+                weights.data_ptr(),
+                out.data_ptr(),
+            )
+        return Ticket(job, (x, expert_ids, weights), out)
+
+    def wait(self, ticket: Ticket) -> Tensor:
+        """The layer's result: (tokens, hidden) float32, sum over k of weight_k * expert_k(x).
+
+        Bit for bit the same for a token whatever the threads, the schedule and the other tokens of the
+        call. Raises EngineError or OutOfMemoryError when the work failed.
+        """
+        with _engine_errors():
+            self._open().wait(ticket._job)
+        return ticket._out
+
+    def close(self) -> None:
+        """Finish what was submitted, end the threads, free the weights. More calls do nothing."""
+        self._native = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open(self) -> _native.Experts:
+        if self._native is None:
+            raise EngineError("these host experts are closed")
+        return self._native
+
+    @staticmethod
+    def _check_matrix(name: str, matrix: QuantizedLinear, rows: int, columns: int) -> None:
+        _check_tensor(f"{name}.packed", matrix.packed, torch.int32, (rows, columns // 8))
+        _check_tensor(f"{name}.scale", matrix.scale, torch.bfloat16, (rows, columns // 32))
+
+
+def _check_tensor(
+    name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]
+) -> None:
+    """Refuse a tensor that is not a contiguous CPU tensor of this dtype and shape (None: any)."""
+    fits = len(shape) == tensor.dim() and all(
+        expected is None or expected == found
+        for expected, found in zip(shape, tensor.shape, strict=True)
+    )
+    if tensor.dtype == dtype and fits and tensor.device.type == "cpu" and tensor.is_contiguous():
+        return
+    expected_shape = ", ".join("any" if size is None else str(size) for size in shape)
+    layout = "contiguous" if tensor.is_contiguous() else "not contiguous"
+    raise EngineError(
+        f"{name}: expected {dtype} ({expected_shape}), contiguous, on cpu; "
+        f"found {tensor.dtype} {tuple(tensor.shape)}, {layout}, on {tensor.device.type}"
+    )
+
+
+def _addresses(matrix: QuantizedLinear) -> tuple[int, int]:
+    return matrix.packed.data_ptr(), matrix.scale.data_ptr()
+
+
+@contextmanager
+def _engine_errors(argument_error: type[Exception] = EngineError) -> Iterator[None]:
+    """Turn what the extension throws into the project's errors."""
+    try:
+        yield
+    except _native.OutOfMemory as error:
+        raise OutOfMemoryError(str(error)) from error
+    except _native.ConfigurationError as error:
+        raise ConfigError(str(error)) from error
+    except ValueError as error:
+        raise argument_error(str(error)) from error
+    except RuntimeError as error:
+        raise EngineError(str(error)) from error
