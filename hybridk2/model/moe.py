@@ -66,5 +66,9 @@ class MixtureOfExperts:
         """
         expert_ids, weights = self.router(x)
         pending = self._experts.submit(self._slot, x, expert_ids, weights)
-        shared = swiglu(x, self._shared)
+        shared = self.shared_expert(x)
         return self._experts.collect(pending).to(x.dtype) + shared
+
+    def shared_expert(self, x: Tensor) -> Tensor:
+        """The SwiGLU that every token passes. x: (tokens, hidden), normed."""
+        return swiglu(x, self._shared)
