@@ -240,9 +240,7 @@ class IncrementalDecoder:
 
     def flush(self) -> str:
         """End the text: what was held back, as U+FFFD. The decoder is then ready for a new text."""
-        text = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return text
+        return self._decoder.decode(b"", final=True)
 
     def discard(self) -> None:
         """Forget an unfinished character: for a text that was cut off, not ended."""

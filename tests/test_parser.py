@@ -282,7 +282,7 @@ def test_the_name_is_read_from_every_form_of_id(written_id: str, name: str) -> N
     [
         ('{"city": "Rome", "days": 2}', "forecast"),
         ('{"city": "Rome"}', "weather"),
-        ('{"city": "Rome", "zone": 1}', "weather"),  # fits none, one argument in common
+        ('{"city": "Rome", "zone": 1}', "forecast"),  # fits none; one in common, one to spare
         ('{"path": "/"}', "list_files"),
         ("", "now"),
         ("{}", "now"),
@@ -295,8 +295,8 @@ def test_a_bare_counter_is_named_after_the_tool_its_arguments_fit(
     written_id: str, arguments: str, name: str
 ) -> None:
     tools = [
-        tool("weather", "city", required=("city",)),
         tool("forecast", "city", "days", required=("city", "days")),
+        tool("weather", "city", "units", "language", required=("city",)),
         tool("list_files", "path"),
         tool("now"),
     ]
@@ -304,6 +304,13 @@ def test_a_bare_counter_is_named_after_the_tool_its_arguments_fit(
     events = parse(written, tools=tools, tool_calls_in_history=2)
     assert calls(collect(events)) == [(f"functions.{name}:2", name, arguments or "{}")]
     assert isinstance(events[0], ToolCallStart)
+
+
+def test_an_unfinished_character_in_an_id_stays_in_the_id() -> None:
+    control = SMALL.control
+    ids = [control.tool_call_begin, ord("f"), 0xF0, control.tool_call_argument_begin]
+    parsed = collect(parse_ids([*ids, ord("1"), control.tool_call_end]))
+    assert calls(parsed) == [("functions.f\ufffd:0", "f\ufffd", "1")]
 
 
 def test_a_bare_counter_means_the_only_tool_there_is_and_streams() -> None:

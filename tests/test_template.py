@@ -295,6 +295,52 @@ def test_a_malformed_tool_is_refused_by_the_name_of_its_field(tools: Any, field:
     assert field in str(caught.value)
 
 
+_NEAR_JSON = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        st.sampled_from(["user", "assistant", "tool", "system", "function", "text", "", "\ud800"]),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(
+            st.sampled_from(
+                [
+                    "role",
+                    "content",
+                    "name",
+                    "reasoning",
+                    "tool_calls",
+                    "tool_call_id",
+                    "id",
+                    "type",
+                    "function",
+                    "arguments",
+                    "parameters",
+                    "text",
+                ]
+            ),
+            inner,
+            max_size=5,
+        ),
+    ),
+    max_leaves=30,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(_NEAR_JSON, _NEAR_JSON)
+def test_whatever_is_sent_is_a_prompt_or_a_chat_error(messages: Any, tools: Any) -> None:
+    for sent in ((messages, tools), ([messages], None), ([USER], [tools])):
+        try:
+            ids = render(*sent, SMALL)
+        except ChatError:
+            continue
+        assert ids[-1] == SMALL.control.im_middle
+
+
 def test_an_error_never_echoes_what_was_sent() -> None:
     huge = "secret " * 100_000
     for message in (

@@ -79,9 +79,9 @@ def test_the_published_numbers_of_k2(k2_tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("unit", ["a", " ", "aA", "中", "!", "\n", "word "])
 def test_a_megabyte_in_one_line_encodes_in_bounded_time(k2_tokenizer: Tokenizer, unit: str) -> None:
     text = unit * (1_000_000 // len(unit.encode()))
-    started = time.perf_counter()
+    started = time.process_time()
     ids = k2_tokenizer.encode(text)
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     assert k2_tokenizer.decode(ids) == text
     # 0.1 to 0.4 s on an idle core; one merge loop over the whole line would take minutes.
     assert seconds < 5.0
