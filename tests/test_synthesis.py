@@ -19,6 +19,7 @@ from hybridk2.checkpoint import Checkpoint, LoadProgress
 from hybridk2.cli import main
 from hybridk2.errors import CheckpointError
 from hybridk2.synthesis import checkpoint_bytes, synthesize, synthetic_config
+from tests.reference import Reference
 
 
 def test_all_61_layers_of_k2_thinking_have_the_published_files_tensors_and_bytes():
@@ -96,6 +97,23 @@ def test_every_linear_keeps_the_variance_of_its_input():
         codes = (packed.unsqueeze(-1) >> shifts & 15).flatten(1) - 8
         scale = values(linear.scale, torch.bfloat16).float().repeat_interleave(32, dim=1)
         assert gain(codes * scale) == pytest.approx(1.0, abs=0.1), linear
+
+
+def test_activations_and_logits_keep_a_sane_size_through_many_layers(tmp_path):
+    config = synthetic_config("tiny", layers=24)
+    synthesize(tmp_path / "deep", config, seed=0)
+    trace = Reference(tmp_path / "deep").forward(list(range(0, 512, 16)))
+    sizes = [float(output.std()) for output in trace.layer_outputs]
+    # Variances add: 1 from the embedding; in each layer at most 1 from attention (a mean of values)
+    # and E[silu(g)^2] = 0.356, g normal, from the shared expert and from routed experts whose
+    # weights, 2.827 in sum, all fall on one of them.
+    added = 1 + 0.356 * (1 + config.routed_scaling_factor**2)
+    assert sizes == sorted(sizes)
+    assert 1.0 <= sizes[0] <= sizes[-1] <= math.sqrt(1 + 24 * added)
+    assert float(trace.logits.std()) == pytest.approx(1.0, abs=0.25)
+    assert torch.isfinite(trace.logits).all()
+    picked = torch.cat([picks.flatten() for picks in trace.picks.values()]).unique()
+    assert len(picked) == config.n_routed_experts
 
 
 def test_a_tensor_depends_on_the_seed_and_its_name_alone(tmp_path):
