@@ -37,6 +37,7 @@ from hybridk2.verification.comparison import (
     equal_picks,
     tolerance,
 )
+from hybridk2.verification.engine_side import PickedExperts
 from hybridk2.verification.layers import LayerReport, verify_layers
 from hybridk2.verification.probe import choose_positions, default_layers
 from hybridk2.verification.published import (
@@ -198,9 +199,9 @@ def no_routed_scaling(patch: pytest.MonkeyPatch, checkpoint: Checkpoint) -> None
     checkpoint.config = replace(checkpoint.config, routed_scaling_factor=1.0)
 
 
-def transformers_eps_in_the_latent_norms(patch: pytest.MonkeyPatch, checkpoint: Checkpoint) -> None:
+def wrong_eps_in_the_latent_norms(patch: pytest.MonkeyPatch, checkpoint: Checkpoint) -> None:
     sound = attention.rms_norm
-    patch.setattr(attention, "rms_norm", lambda x, weight, eps: sound(x, weight, 1e-6))
+    patch.setattr(attention, "rms_norm", lambda x, weight, eps: sound(x, weight, 1e-4))
 
 
 def half_split_rope(patch: pytest.MonkeyPatch, checkpoint: Checkpoint) -> None:
@@ -260,7 +261,7 @@ FAULTS: list[tuple[Fault, dict[int, set[str]]]] = [
     (wrong_correction_bias, {2: {"router picks"}}),
     (one_wrong_norm_weight, {2: {"post-attention norm"}}),
     (no_routed_scaling, {1: {"router weights"}, 2: {"router weights"}}),
-    (transformers_eps_in_the_latent_norms, ALL_ATTENTION),
+    (wrong_eps_in_the_latent_norms, ALL_ATTENTION),
     (half_split_rope, ALL_ATTENTION),
     (no_yarn, everywhere("positions (cos, sin)")),
     (no_magnitude_in_the_softmax_scale, ALL_ATTENTION),
@@ -294,6 +295,19 @@ def test_a_fault_between_the_parts_shows_in_the_layer_output(
         reports = verify_layers(checkpoint, LAYERS)
     assert failures(reports) == {}
     assert [report.passed for report in reports] == [True, False, False]
+
+
+def test_experts_are_loaded_when_they_are_first_picked(small_checkpoint: Path) -> None:
+    reference = Reference(small_checkpoint)
+    x = torch.randn(2, reference.config["hidden_size"], generator=torch.Generator().manual_seed(4))
+    with Checkpoint.open(small_checkpoint) as checkpoint, PickedExperts(checkpoint, 2) as experts:
+        for ids, held in (([[6, 1], [1, 6]], 2), ([[1, 3], [0, 6]], 4), ([[3, 6], [6, 3]], 4)):
+            picks, weights = torch.tensor(ids, dtype=torch.int32), torch.tensor([[0.5, 2.0]] * 2)
+            found = experts.collect(experts.submit(1, x, picks, weights))
+            expected = reference.routed_experts(2, x, picks, weights)
+            # fp32 sums of at most 128 terms in another order.
+            assert difference(found, expected).relative < 1e-5
+            assert experts.num_held == held
 
 
 def test_a_value_that_is_not_a_number_is_found_with_its_token() -> None:

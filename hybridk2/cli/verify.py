@@ -56,7 +56,8 @@ def _layer_numbers(
     "--sha256",
     "checksum_list",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="Compare files with this list first, as `sha256sum` writes it.",
+    help="Compare files with this list first, as `sha256sum` writes it. Only this finds a flipped "
+    "bit in a weight: where layers are compared, both sides read it.",
 )
 @click.option(
     "--tokens",

@@ -42,7 +42,6 @@ _CONFIG_FIELDS = (
 _CONFIG_DEFAULTS = {"n_group": 1, "topk_group": 1, "norm_topk_prob": True}
 
 _GROUP_COLUMNS = 32  # input columns that share one INT4 scale
-_WORD_NIBBLES = 8
 
 
 class PublishedWeights:
@@ -78,12 +77,11 @@ class PublishedWeights:
         """
         where = f"model.layers.{layer}.mlp.experts.{expert}.{projection}"
         packed, scale = self.tensor(f"{where}.weight_packed"), self.tensor(f"{where}.weight_scale")
-        rows, words = packed.shape
-        codes = torch.empty(rows, words, _WORD_NIBBLES)
-        for nibble in range(_WORD_NIBBLES):
-            codes[:, :, nibble] = ((packed >> 4 * nibble) & 15) - 8
-        groups = codes.view(rows, -1, _GROUP_COLUMNS)
-        return (groups * scale.float().unsqueeze(-1)).view(rows, words * _WORD_NIBBLES)
+        # Words are little-endian: byte b of a row holds columns 2 b (low nibble) and 2 b + 1.
+        pairs = packed.view(torch.uint8)
+        codes = torch.stack((pairs & 15, pairs >> 4), dim=-1).float().sub_(8)
+        groups = codes.view(len(packed), -1, _GROUP_COLUMNS)
+        return groups.mul_(scale.float().unsqueeze(-1)).view(len(packed), -1)
 
 
 def published_config(folder: Path) -> DeepseekV3Config:
