@@ -69,6 +69,8 @@ def test_without_the_hub_client_the_error_says_what_to_install(monkeypatch):
 class Hub(ThreadingHTTPServer):
     """The few pages of the Hugging Face hub that a download asks for, over one local folder."""
 
+    request_queue_size = 64  # the client opens several connections at once
+
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), HubPages)
         self.files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
@@ -122,11 +124,11 @@ class HubPages(BaseHTTPRequestHandler):
     ) -> None:
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
+        self.send_header("Connection", "close")
         for header in headers.items():
             self.send_header(*header)
         self.end_headers()
         self.wfile.write(content[:sent_bytes])
-        self.close_connection = True
 
 
 @pytest.fixture
