@@ -124,7 +124,14 @@ class Engine:
         device = select_device(choices.device)
         context_tokens = _context_tokens(choices, config)
         chunk_tokens = -(-choices.prefill_chunk_tokens // PAGE_TOKENS) * PAGE_TOKENS
-        check_memory(checkpoint, psutil.virtual_memory().available)
+        dtype = getattr(torch, choices.dtype)
+        cache_tokens = choices.kv_cache_tokens or 2 * context_tokens
+        check_memory(
+            checkpoint,
+            psutil.virtual_memory().available,
+            dense_bytes=_dense_bytes(checkpoint, dtype),
+            cache_bytes=PagedLatentCache.bytes_for(config, cache_tokens, dtype),
+        )
         threads = choices.threads or psutil.cpu_count(logical=False) or 1
         torch.set_num_threads(_dense_threads(checkpoint, threads))
         experts = HostExperts(
@@ -138,9 +145,7 @@ class Engine:
         )
         try:
             load_experts(checkpoint, experts, on_progress or (lambda progress: None))
-            dtype = getattr(torch, choices.dtype)
             model = load_model(checkpoint, experts, device, dtype, on_progress)
-            cache_tokens = choices.kv_cache_tokens or 2 * context_tokens
             cache = PagedLatentCache(config, cache_tokens, chunk_tokens, device, dtype)
         except BaseException:
             experts.close()
@@ -379,6 +384,14 @@ def _context_tokens(choices: EngineConfig, config: K2Config) -> int:
             f"{longest} at most"
         )
     return choices.context_tokens
+
+
+def _dense_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """Memory of all weights but the routed experts; embedding and head stay as they are stored."""
+    config = checkpoint.config
+    kept_bytes = 2 * config.vocab_size * config.hidden_size * torch.bfloat16.itemsize
+    widening = dtype.itemsize / torch.bfloat16.itemsize
+    return kept_bytes + int((checkpoint.dense_bytes - kept_bytes) * widening)
 
 
 def _dense_threads(checkpoint: Checkpoint, threads: int) -> int:

@@ -41,6 +41,10 @@ class _Page:
     tokens: tuple[int, ...] = ()
 
 
+def _pages_for(tokens: int) -> int:
+    return -(-tokens // PAGE_TOKENS)
+
+
 def _digest(parent: bytes, tokens: Sequence[int]) -> bytes:
     return hashlib.blake2b(parent + array.array("q", tokens).tobytes(), digest_size=16).digest()
 
@@ -67,7 +71,7 @@ class PagedLatentCache:
     ) -> None:
         """chunk_tokens: the aligned chunk that prefill computes; a multiple of PAGE_TOKENS."""
         assert chunk_tokens % PAGE_TOKENS == 0, f"{chunk_tokens=} is not whole pages"
-        num_pages = -(-capacity_tokens // PAGE_TOKENS)
+        num_pages = _pages_for(capacity_tokens)
         self.capacity_tokens = num_pages * PAGE_TOKENS
         self.chunk_tokens = chunk_tokens
         # Not initialised: a page costs memory from its first use on.
@@ -81,6 +85,12 @@ class PagedLatentCache:
         self._idle: OrderedDict[int, None] = OrderedDict()  # known, held by nobody, oldest first
         self._by_digest: dict[bytes, int] = {}
         self._children: dict[bytes, list[int]] = {}  # known pages by the hash before them
+
+    @staticmethod
+    def bytes_for(config: K2Config, capacity_tokens: int, dtype: torch.dtype) -> int:
+        """What a cache of that capacity takes once all of it is in use."""
+        tokens = _pages_for(capacity_tokens) * PAGE_TOKENS
+        return config.num_hidden_layers * tokens * config.latent_dim * dtype.itemsize
 
     @property
     def available_tokens(self) -> int:
@@ -242,7 +252,7 @@ class CacheSequence:
         """
         storage = self._cache._latents[layer]
         pages_per_block = max(block_keys // PAGE_TOKENS, 1)
-        for first_page in range(0, -(-self._written // PAGE_TOKENS), pages_per_block):
+        for first_page in range(0, _pages_for(self._written), pages_per_block):
             pages = self._pages[first_page : first_page + pages_per_block]
             first = first_page * PAGE_TOKENS
             block = storage[pages].flatten(0, 1)

@@ -9,7 +9,7 @@ import torch
 
 from hybridk2.config import EngineConfig
 from hybridk2.engine import Engine
-from hybridk2.errors import ConfigError, EngineError, RequestError
+from hybridk2.errors import ConfigError, EngineError, OutOfMemoryError, RequestError
 from hybridk2.sampling import GeneratedToken, SamplingParams
 from tests.reference import Reference
 
@@ -209,3 +209,11 @@ def test_logits_that_are_not_finite_are_an_error_and_not_a_token(
 def test_a_context_beyond_the_models_is_refused(small_checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match="context"):
         Engine.load(EngineConfig(model=str(small_checkpoint), context_tokens=10**6))
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_anything_is_loaded(
+    small_checkpoint: Path,
+) -> None:
+    choices = EngineConfig(model=str(small_checkpoint), kv_cache_tokens=10**12)
+    with pytest.raises(OutOfMemoryError, match="latent cache"):
+        Engine.load(choices, lambda progress: pytest.fail("loading began"))

@@ -136,6 +136,11 @@ def test_memory_is_checked_before_loading_and_refused_with_all_numbers(small_che
         check_memory(checkpoint, needed_bytes - 10**9)
     assert f"{needed_bytes / 1e9:.2f} GB of RAM" in str(error.value)
     assert "1.00 GB are missing" in str(error.value)
+    check_memory(checkpoint, needed_bytes + 5 * 10**9, cache_bytes=5 * 10**9)
+    with pytest.raises(OutOfMemoryError, match=r"5\.00 GB for the latent cache"):
+        check_memory(checkpoint, needed_bytes + 4 * 10**9, cache_bytes=5 * 10**9)
+    with pytest.raises(OutOfMemoryError, match=r"7\.00 GB for all other weights"):
+        check_memory(checkpoint, 7 * 10**9, dense_bytes=7 * 10**9)
 
 
 @pytest.mark.soak

@@ -40,21 +40,28 @@ class ExpertStore(Protocol):
     ) -> None: ...
 
 
-def check_memory(checkpoint: Checkpoint, available_bytes: int) -> None:
+def check_memory(
+    checkpoint: Checkpoint,
+    available_bytes: int,
+    *,
+    dense_bytes: int | None = None,
+    cache_bytes: int = 0,
+) -> None:
     """Refuse a model that does not fit into `available_bytes` of RAM.
 
-    Raises OutOfMemoryError with all numbers.
+    dense_bytes: what the dense weights take when loaded; None for their size on disk. cache_bytes:
+    of the latent cache. Raises OutOfMemoryError with all numbers.
     """
-    weight_bytes = checkpoint.expert_bytes + checkpoint.dense_bytes
-    needed_bytes = weight_bytes + _WORKING_BYTES
+    dense_bytes = checkpoint.dense_bytes if dense_bytes is None else dense_bytes
+    needed_bytes = checkpoint.expert_bytes + dense_bytes + cache_bytes + _WORKING_BYTES
     if needed_bytes > available_bytes:
         raise OutOfMemoryError(
             f"{checkpoint.folder}: the model needs {_gigabytes(needed_bytes)} of RAM: "
             f"{_gigabytes(checkpoint.expert_bytes)} for routed experts, "
-            f"{_gigabytes(checkpoint.dense_bytes)} for all other weights and "
-            f"{_gigabytes(_WORKING_BYTES)} to work with. Available are "
+            f"{_gigabytes(dense_bytes)} for all other weights, {_gigabytes(cache_bytes)} for the "
+            f"latent cache and {_gigabytes(_WORKING_BYTES)} to work with. Available are "
             f"{_gigabytes(available_bytes)}, so {_gigabytes(needed_bytes - available_bytes)} are "
-            "missing. Close other programs, or use a machine with more memory"
+            "missing. Close other programs, shorten the context, or use a machine with more memory"
         )
 
 
