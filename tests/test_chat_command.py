@@ -107,6 +107,15 @@ def test_what_is_piped_in_is_the_question_or_its_document(
     assert shell.assistant.asked[0][-1]["content"] == question
 
 
+def test_colours_forced_on_a_pipe_draw_nothing_into_the_answer(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    result = shell.chat(QUESTION)
+    assert result.stdout == "9.9 is bigger.\n"
+    assert "━" not in result.stderr
+
+
 def test_json_is_one_object_with_everything_in_it(shell: Shell) -> None:
     result = shell.chat("--json", QUESTION)
     assert json.loads(result.stdout) == {

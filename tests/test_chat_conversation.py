@@ -23,7 +23,7 @@ from rich.console import Console
 from hybridk2.chat.events import Event, Finished, ReasoningDelta, TextDelta
 from hybridk2.cli.commands import COMMANDS, run_command
 from hybridk2.cli.interactive import NOT_RUN, Chat
-from hybridk2.cli.markdown import markdown_lines, split_finished
+from hybridk2.cli.markdown import last_part, markdown_lines, split_finished
 from hybridk2.cli.prompt import CommandCompleter, PrivateHistory, TerminalReader
 from hybridk2.cli.reply import Reply
 from hybridk2.cli.views import LiveView
@@ -576,6 +576,13 @@ def test_markdown_is_printed_once_each_block_and_none_is_lost() -> None:
 
     assert lines(streamed.file.getvalue()) == lines(whole.file.getvalue())
     assert "kept" in whole.file.getvalue()
+
+
+def test_of_a_long_block_only_what_fits_is_drawn_and_code_stays_code() -> None:
+    code = "```python\n" + "".join(f"x = {number}\n" for number in range(1000))
+    assert last_part(code, 2) == "```python\nx = 998\nx = 999\n"
+    assert last_part("one\ntwo\nthree", 2) == "two\nthree"
+    assert last_part("one\ntwo", 2) == "one\ntwo"
 
 
 def test_finished_blocks_are_those_that_more_text_cannot_change() -> None:

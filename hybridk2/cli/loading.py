@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from hybridk2.cli.notes import note, warn
+from hybridk2.cli.notes import is_terminal, note, warn
 from hybridk2.cli.terminal_text import printable_line
 from hybridk2.cli.worker import Job, Worker
 
@@ -53,7 +53,7 @@ def load_assistant(
 def show_progress(job: Job[LoadProgress, Assistant], status: Console) -> None:
     """Draw the bar until the job ends; where there is no terminal, one line per finished stage."""
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}")
-    quiet = not status.is_terminal
+    quiet = not is_terminal(status)
     with Progress(*columns, console=status, transient=True, disable=quiet) as bar:
         tasks: dict[str, TaskID] = {}
         for progress in job:

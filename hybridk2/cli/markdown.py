@@ -30,6 +30,19 @@ def split_finished(text: str) -> tuple[str, str]:
     return "".join(lines[: starts[-1]]), "".join(lines[starts[-1] :])
 
 
+def last_part(text: str, lines: int) -> str:
+    """Of an unfinished block, what the last `lines` lines on a screen can show.
+
+    A long code block, drawn whole twelve times a second, would take the processor from the model.
+    Its opening fence stays, so that what is left is still code.
+    """
+    whole = text.splitlines(keepends=True)
+    if len(whole) <= lines:
+        return text
+    fence = whole[0] if whole[0].lstrip().startswith(("```", "~~~")) else ""
+    return fence + "".join(whole[-lines:])
+
+
 def markdown_lines(console: Console, text: str) -> Lines:
     """`text` as this console would draw it: links spelled out, no blank lines around it.
 

@@ -18,4 +18,9 @@ def warn(console: Console, text: str) -> None:
 
 def _print(console: Console, text: str, style: str) -> None:
     # In a pipe or a log a line stays one line, however long; rich would wrap it at 80 columns.
-    console.print(Text(printable(text), style=style), soft_wrap=not console.is_terminal)
+    console.print(Text(printable(text), style=style), soft_wrap=not is_terminal(console))
+
+
+def is_terminal(console: Console) -> bool:
+    """Whether someone watches. Not rich's answer: FORCE_COLOR makes that yes for a pipe too."""
+    return console.file.isatty()

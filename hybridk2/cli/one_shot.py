@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
-from hybridk2.cli.notes import note
+from hybridk2.cli.notes import is_terminal, note
 from hybridk2.cli.reply import Reply, status_line, thought_line
 from hybridk2.cli.streaming import stream_reply
 from hybridk2.cli.views import LiveView, PlainView, SilentView, View
@@ -34,11 +34,12 @@ def ask_once(
     Raises the HybridK2Error of a reply that failed, after what had come of it was shown.
     """
     output = Console()
+    drawn = is_terminal(output) and not output.is_dumb_terminal
 
     def make_view(reply: Reply) -> View:
         if as_json:
             return SilentView()
-        if output.is_terminal and not output.is_dumb_terminal:
+        if drawn:
             return LiveView(reply, output, show_thinking, assistant.count_tokens)
         return PlainView(lambda text: click.echo(text, nl=False), show_thinking)
 
@@ -52,7 +53,7 @@ def ask_once(
         click.echo(json.dumps(reply.as_json(assistant.model_name)))  # ASCII: safe on a terminal
         return reply
     line = status_line(reply)
-    if reply.reasoning and not output.is_terminal:
+    if reply.reasoning and not drawn:
         thought = thought_line(reply.thinking_seconds, assistant.count_tokens(reply.reasoning))
         line = f"{thought} · {line}"
     note(status, line)

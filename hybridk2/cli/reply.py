@@ -35,8 +35,8 @@ class Reply:
     usage: Usage | None = None
     error: HybridK2Error | None = None
     thinking_seconds: float = 0.0
-    _thinking_since: float | None = None
-    _open_calls: dict[int, ToolCallStart] = field(default_factory=dict)
+    _thinking_since: float | None = field(default=None, init=False)
+    _open_calls: dict[int, ToolCallStart] = field(default_factory=dict, init=False)
 
     def add(self, event: Event, now_seconds: float) -> None:
         """Take one event that arrived at `now_seconds` of any steady clock."""

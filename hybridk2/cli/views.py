@@ -25,7 +25,7 @@ from hybridk2.chat.events import (
     ToolCallEnd,
     ToolCallStart,
 )
-from hybridk2.cli.markdown import markdown_lines, split_finished
+from hybridk2.cli.markdown import last_part, markdown_lines, split_finished
 from hybridk2.cli.reply import Reply, thought_line
 from hybridk2.cli.terminal_text import TerminalFilter, printable_line
 
@@ -178,7 +178,8 @@ class LiveView:
         elif isinstance(event, TextDelta):
             self._fold()
             self._tail += self._filter.feed(event.text)
-            if "\n" in event.text:
+            # Most blocks end with a blank line; parsing at every token would cost quadratic time.
+            if "\n\n" in self._tail[-len(event.text) - 1 :]:
                 self._print_blocks(everything=False)
         elif isinstance(event, ToolCallStart):
             self._fold()
@@ -232,7 +233,7 @@ class LiveView:
         if self._calls:
             return Text(f"calling {printable_line(next(iter(self._calls.values())))}", style="dim")
         if self._tail:
-            lines = markdown_lines(self._console, self._tail)
+            lines = markdown_lines(self._console, last_part(self._tail, room))
             if self._blocks:
                 lines.insert(0, [])  # the gap to the block above
             return SegmentLines(lines[-room:], new_lines=True)
