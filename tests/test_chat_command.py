@@ -344,6 +344,7 @@ def test_loading_says_how_much_how_fast_and_how_long() -> None:
         "1.00 of 594.00 GB, 1.00 GB/s, 9 min 53 s left"
     )
     assert figures(LoadProgress("s", 0, 8_000_000_000, 0.0)) == "0.00 of 8.00 GB"
+    assert figures(LoadProgress("s", 0, 9_500_000, 0.0)) == "0.00 of 9.50 MB"
 
 
 def test_help_names_every_subcommand_and_imports_none_of_them() -> None:

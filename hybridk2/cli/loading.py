@@ -73,7 +73,8 @@ def show_progress(job: Job[LoadProgress, Assistant], status: Console) -> None:
 
 def figures(progress: LoadProgress) -> str:
     """Such as "3.2 of 9.5 GB, 1.24 GB/s, 5 s left"."""
-    parts = [f"{progress.done_bytes / 1e9:.2f} of {progress.total_bytes / 1e9:.2f} GB"]
+    unit, scale = ("GB", 1e9) if progress.total_bytes >= 1e9 else ("MB", 1e6)
+    parts = [f"{progress.done_bytes / scale:.2f} of {progress.total_bytes / scale:.2f} {unit}"]
     if progress.gigabytes_per_second > 0:
         parts.append(f"{progress.gigabytes_per_second:.2f} GB/s")
     left = progress.eta_seconds
