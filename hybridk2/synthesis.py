@@ -26,12 +26,11 @@ import numpy as np
 from hybridk2.checkpoint import Layout, LoadProgress, Role, TensorSpec
 from hybridk2.config import GROUP_SIZE, K2Config, RopeScaling
 from hybridk2.errors import CheckpointError
-from hybridk2.tokenizer import Tokenizer
+from hybridk2.tokenizer import CONFIG_FILE, VOCABULARY_FILE, Tokenizer
 
 Scale = Literal["full", "small", "tiny"]
 Variant = Literal["thinking", "k2.5"]
 
-_TOKENIZER_FILES = ("tiktoken.model", "tokenizer_config.json")
 _CONTROL_TOKENS = 256  # ids behind the base vocabulary, in every K2
 
 _ELEMENT_BYTES = {"BF16": 2, "F32": 4, "I32": 4}
@@ -104,7 +103,7 @@ def synthesize(
     """Write a random checkpoint for `config` to `folder` and return the bytes of its shards.
 
     The files are written to `folder` + ".partial", which gets its final name when all is there.
-    tokenizer_folder: where tiktoken.model and tokenizer_config.json are copied from.
+    tokenizer_folder: where tiktoken.model and, if there, tokenizer_config.json are copied from.
     Raises CheckpointError when `folder` is not new or empty, the disk is too small, or writing
     fails.
     """
@@ -117,8 +116,7 @@ def synthesize(
         try:
             _write_checkpoint(partial, config, seed, shards, _Meter(total_bytes, on_progress))
             if tokenizer_folder is not None:
-                for name in _TOKENIZER_FILES:
-                    shutil.copyfile(tokenizer_folder / name, partial / name)
+                _copy_tokenizer(tokenizer_folder, partial)
             partial.rename(folder)
         except BaseException:
             shutil.rmtree(partial)
@@ -128,6 +126,12 @@ def synthesize(
             f"{error.filename or folder}: writing the checkpoint failed: {error.strerror}"
         ) from error
     return total_bytes
+
+
+def _copy_tokenizer(source: Path, destination: Path) -> None:
+    shutil.copyfile(source / VOCABULARY_FILE, destination / VOCABULARY_FILE)
+    if (source / CONFIG_FILE).exists():  # without it the published control names apply
+        shutil.copyfile(source / CONFIG_FILE, destination / CONFIG_FILE)
 
 
 _YARN = RopeScaling(
