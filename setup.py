@@ -17,19 +17,19 @@ class CMakeBuild(build_ext):
     """Configures and builds CMakeLists.txt and puts the module where setuptools wants it."""
 
     def build_extension(self, ext: Extension) -> None:
-        # cmake and ninja come from the build requirements; their scripts need not be on PATH when pip
-        # runs without isolation from a virtual environment that is not activated.
+        # cmake and ninja come from the build requirements; their scripts need not be on PATH when
+        # pip runs without isolation from a virtual environment that is not activated.
         import cmake
         import ninja
         import pybind11
 
-        # In the source tree, not in build_temp, which pip makes anew: a second build is incremental.
+        # In the source tree, not in build_temp, which pip makes anew: rebuilding is incremental.
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
         tools = os.pathsep.join((cmake.CMAKE_BIN_DIR, ninja.BIN_DIR))
         environment = {**os.environ, "PATH": os.pathsep.join((tools, os.environ.get("PATH", "")))}
-        # A build folder remembers the tools it was configured with, which under build isolation lie in
-        # a temporary environment: configure afresh; objects that are up to date are kept.
+        # A build folder remembers the tools it was configured with, which under build isolation
+        # lie in a temporary environment: configure afresh; objects that are up to date are kept.
         configure = [
             *("cmake", "--fresh", "-G", "Ninja", "-S", str(ROOT), "-B", str(build)),
             "-DCMAKE_BUILD_TYPE=Release",

@@ -26,11 +26,11 @@ bool kernel_gives_huge_pages() {
 // One more huge page than needed, so that the data can begin on a huge page's edge. Memory is
 // committed, not merely reserved: a model that can never fit is refused here and not killed later.
 Arena::Arena(const char* purpose, size_t bytes, bool huge_pages) : bytes_(bytes) {
-  if (bytes > SIZE_MAX / 2) throw OutOfMemory(purpose, bytes);
+  if (bytes > SIZE_MAX / 2) throw OutOfMemoryError(purpose, bytes);
   mapping_bytes_ = std::max<size_t>(bytes, 1) + kHugePageBytes;
   mapping_ =
       mmap(nullptr, mapping_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (mapping_ == MAP_FAILED) throw OutOfMemory(purpose, bytes);
+  if (mapping_ == MAP_FAILED) throw OutOfMemoryError(purpose, bytes);
   const uintptr_t begin = reinterpret_cast<uintptr_t>(mapping_);
   data_ = static_cast<uint8_t*>(mapping_) + (kHugePageBytes - begin % kHugePageBytes);
   huge_pages_ = huge_pages && kernel_gives_huge_pages() &&

@@ -12,7 +12,7 @@ namespace hybridk2 {
 // the thread that fills a page decides where it lies.
 class Arena {
  public:
-  // Throws OutOfMemory, naming `purpose` and the bytes. huge_pages: ask for 2 MB pages.
+  // Throws OutOfMemoryError, naming `purpose` and the bytes. huge_pages: ask for 2 MB pages.
   Arena(const char* purpose, size_t bytes, bool huge_pages);
   ~Arena();
   Arena(const Arena&) = delete;
@@ -37,7 +37,7 @@ class GrowingBuffer {
   GrowingBuffer(const char* purpose, bool huge_pages)
       : purpose_(purpose), huge_pages_(huge_pages) {}
 
-  // At least `bytes` bytes. Throws OutOfMemory; the buffer is empty then.
+  // At least `bytes` bytes. Throws OutOfMemoryError; the buffer is empty then.
   uint8_t* reserve(size_t bytes);
 
  private:

@@ -6,8 +6,8 @@
 
 #include <cstdint>
 #include <memory>
-#include <new>
 #include <string>
+#include <utility>
 
 #include "errors.h"
 #include "experts.h"
@@ -62,19 +62,17 @@ Ticket submit(Experts& experts, int64_t layer, int64_t num_tokens, int64_t top_k
                          at<const float>(weights), at<float>(out)});
 }
 
-// Types are looked up by name in the module, so that they live exactly as long as it does.
-void translate_errors(py::module_& module) {
-  py::register_exception<ConfigurationError>(module, "ConfigurationError", PyExc_ValueError);
-  py::register_exception<StateError>(module, "StateError", PyExc_RuntimeError);
-  py::register_exception<OutOfMemory>(module, "OutOfMemory", PyExc_MemoryError);
-}
-
 PYBIND11_MODULE(_native, module) {
   module.doc() = "Routed INT4 experts in host memory. Used by hybridk2.experts.host only.";
-  translate_errors(module);
+  py::register_exception<ConfigurationError>(module, "ConfigurationError", PyExc_ValueError);
+  py::register_exception<StateError>(module, "StateError", PyExc_RuntimeError);
+  py::register_exception<OutOfMemoryError>(module, "OutOfMemoryError", PyExc_MemoryError);
   using Release = py::call_guard<py::gil_scoped_release>;
   module.def("available_isas", &available_isas);
-  py::class_<Job, Ticket>(module, "Ticket").def_property_readonly("done", &Job::done);
+  py::class_<Job, Ticket>(module, "Ticket")
+      .def_property_readonly("done", &Job::done)
+      .def("wait", &Job::wait, Release())
+      .def("finish", &Job::finish, Release());
   py::class_<Experts, ExpertsHolder>(module, "Experts")
       .def(py::init(&create), py::arg("num_layers"), py::arg("num_experts"), py::arg("hidden"),
            py::arg("intermediate"), py::arg("isa"), py::arg("threads"), py::arg("huge_pages"))
@@ -85,7 +83,6 @@ PYBIND11_MODULE(_native, module) {
       .def("load", &load, Release())
       .def("dequantise", &dequantise, Release())
       .def("submit", &submit, Release())
-      .def("wait", &Experts::wait, Release())
       .def("read_weights_seconds", &Experts::read_weights_seconds, Release());
   py::list loops;
   for (int loop = 0; loop < kNumReadLoops; ++loop) loops.append(read_loop_name(loop));

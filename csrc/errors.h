@@ -19,8 +19,8 @@ struct StateError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-struct OutOfMemory : std::runtime_error {
-  OutOfMemory(const std::string& what, uint64_t bytes)
+struct OutOfMemoryError : std::runtime_error {
+  OutOfMemoryError(const std::string& what, uint64_t bytes)
       : std::runtime_error("no memory for " + what + ": " + std::to_string(bytes) + " bytes (" +
                            std::to_string((bytes + 500'000'000) / 1'000'000'000) +
                            " GB) were asked") {}

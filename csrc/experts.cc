@@ -76,7 +76,7 @@ Experts::Experts(const ExpertsShape& shape, const std::string& isa, int threads,
       load_states_(new std::atomic<uint8_t>[shape.num_layers * shape.num_experts]()),
       pool_(checked_threads(threads)),
       runner_(shape_, expert_bytes_, kernels_, pool_, huge_pages),
-      queue_([this] { pool_.adopt_this_thread(); }, pool_.spin()) {}
+      queue_([this] { pool_.adopt_this_thread(); }, pool_.spin(), pool_.waiter_spin()) {}
 
 bool Experts::belongs_to_this_process() const { return getpid() == process_; }
 
@@ -159,13 +159,6 @@ Ticket Experts::submit(const LayerCall& call) {
   return queue_.submit([this, call] { runner_.run(call, expert_data(call.layer, 0)); });
 }
 
-void Experts::wait(const Ticket& ticket) const {
-  if (!ticket->done() && !belongs_to_this_process()) {
-    throw StateError("this ticket belongs to the parent process");
-  }
-  ticket->wait(pool_.waiter_spin());
-}
-
 double Experts::read_weights_seconds(int loop) {
   if (loop < 0 || loop >= kNumReadLoops) throw std::invalid_argument("no such read loop");
   double seconds = 0;
@@ -183,7 +176,7 @@ double Experts::read_weights_seconds(int loop) {
     pool_.run(1, read_shares, false);
     seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   });
-  wait(ticket);
+  ticket->wait();
   return seconds;
 }
 

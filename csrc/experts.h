@@ -27,7 +27,7 @@ struct ExpertMatrices {
 class Experts {
  public:
   // isa: "" for HYBRIDK2_ISA or the fastest. threads: 0 for one per usable core. Throws
-  // std::invalid_argument, ConfigurationError, OutOfMemory.
+  // std::invalid_argument, ConfigurationError, OutOfMemoryError.
   Experts(const ExpertsShape& shape, const std::string& isa, int threads, bool huge_pages);
 
   const char* isa() const { return kernels_.isa; }
@@ -48,8 +48,6 @@ class Experts {
   // Checks the call and starts it. out[t] = sum over t's experts, in ascending id, of
   // weight * down(silu(gate x) * up x).
   Ticket submit(const LayerCall& call);
-
-  void wait(const Ticket& ticket) const;
 
   // Reads all weights once with every thread, by read loop `loop` (read_roof.h), and returns the
   // seconds it took: what a decode step could reach at best.

@@ -13,14 +13,25 @@
 
 #include <utility>
 
+#include "errors.h"
+
 namespace hybridk2 {
 
-void Job::wait(std::chrono::microseconds spin) {
-  done_bell_.wait([this] { return done_.load(); }, spin);
+void Job::wait() {
+  if (!done_.load() && getpid() != process_) {
+    throw StateError("this ticket belongs to the parent process, which computes it");
+  }
+  done_bell_.wait([this] { return done_.load(); }, waiter_spin_);
   if (error_ != nullptr) std::rethrow_exception(error_);
 }
 
-JobQueue::JobQueue(std::function<void()> on_start, std::chrono::microseconds spin) : spin_(spin) {
+void Job::finish() {
+  if (getpid() == process_) done_bell_.wait([this] { return done_.load(); }, waiter_spin_);
+}
+
+JobQueue::JobQueue(std::function<void()> on_start, std::chrono::microseconds spin,
+                   std::chrono::microseconds waiter_spin)
+    : spin_(spin), waiter_spin_(waiter_spin) {
   thread_ = std::thread([this, on_start = std::move(on_start)] {
     on_start();
     serve();
@@ -34,7 +45,7 @@ JobQueue::~JobQueue() {
 }
 
 Ticket JobQueue::submit(std::function<void()> work) {
-  Ticket job = std::make_shared<Job>();
+  Ticket job = std::make_shared<Job>(waiter_spin_);
   job->work_ = std::move(work);
   {
     const std::lock_guard<std::mutex> lock(mutex_);

@@ -2,6 +2,9 @@
 // work is.
 #pragma once
 
+#include <sys/types.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <chrono>
 #include <deque>
@@ -18,12 +21,19 @@ namespace hybridk2 {
 // A submitted job. Outlives its queue.
 class Job {
  public:
-  // Returns when the job is done; throws what the job threw. Any thread, any number of times.
-  void wait(std::chrono::microseconds spin);
+  explicit Job(std::chrono::microseconds waiter_spin) : waiter_spin_(waiter_spin) {}
+
+  // Returns when the job is done; throws what the job threw, or StateError in a child of fork(),
+  // which has no thread to do it. Any thread, any number of times.
+  void wait();
+  // The same, without throwing; in a child of fork() it returns at once.
+  void finish();
   bool done() const { return done_.load(); }
 
  private:
   friend class JobQueue;
+  std::chrono::microseconds waiter_spin_;
+  pid_t process_ = getpid();
   std::function<void()> work_;
   std::exception_ptr error_;  // written before done_, read after
   std::atomic<bool> done_{false};
@@ -34,8 +44,10 @@ using Ticket = std::shared_ptr<Job>;
 
 class JobQueue {
  public:
-  // on_start runs first on the queue's thread. spin: how long that thread spins for the next job.
-  JobQueue(std::function<void()> on_start, std::chrono::microseconds spin);
+  // on_start runs first on the queue's thread. spin: how long that thread spins for the next job;
+  // waiter_spin: how long those who wait for a job spin.
+  JobQueue(std::function<void()> on_start, std::chrono::microseconds spin,
+           std::chrono::microseconds waiter_spin);
   // Finishes every submitted job.
   ~JobQueue();
   JobQueue(const JobQueue&) = delete;
@@ -49,6 +61,7 @@ class JobQueue {
   Ticket take();
 
   std::chrono::microseconds spin_;
+  std::chrono::microseconds waiter_spin_;
   std::mutex mutex_;
   std::deque<Ticket> jobs_;  // under mutex_
   std::atomic<int64_t> submitted_{0};

@@ -123,7 +123,7 @@ void LayerRunner::run(const LayerCall& call, const uint8_t* layer_weights) {
     try {
       run_pass(part, layer_weights);
     } catch (const std::bad_alloc&) {
-      throw OutOfMemory("the routing of a layer", part.num_tokens * part.top_k * sizeof(Slot));
+      throw OutOfMemoryError("the routing of a layer", part.num_tokens * part.top_k * sizeof(Slot));
     }
   }
 }

@@ -66,7 +66,7 @@ class LayerRunner {
               const KernelTable& kernels, ThreadPool& pool, bool huge_pages);
 
   // Runs a call whose experts lie at layer_weights, one after the other. Only from the pool's
-  // worker 0. Throws OutOfMemory.
+  // worker 0. Throws OutOfMemoryError.
   void run(const LayerCall& call, const uint8_t* layer_weights);
 
  private:

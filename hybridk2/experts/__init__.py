@@ -1,1 +1,1 @@
-"""Routed experts: where they are kept, how they get there, and the crossing from the device to them."""
+"""Routed experts: where they are kept, how they get there, and when the device hands over."""

@@ -31,7 +31,11 @@ def available_isas() -> list[str]:
 
 
 class Ticket:
-    """One submitted layer, to be given to `HostExperts.wait`. Keeps its tensors alive."""
+    """One submitted layer, to be given to `HostExperts.wait`.
+
+    Keeps its tensors alive while workers use them: a ticket that nobody waits for is waited for
+    when it is dropped.
+    """
 
     def __init__(
         self, job: _native.Ticket, inputs: tuple[Tensor, Tensor, Tensor], out: Tensor
@@ -39,6 +43,14 @@ class Ticket:
         self._job = job
         self._inputs = inputs
         self._out = out
+
+    def __del__(self) -> None:
+        self._job.finish()
+
+    def result(self) -> Tensor:
+        """Wait, then the layer's output; what failed in a worker is raised as the extension's."""
+        self._job.wait()
+        return self._out
 
 
 class HostExperts:
@@ -65,8 +77,8 @@ class HostExperts:
         32. isa: one of `available_isas()`; None for the one that the environment variable
         HYBRIDK2_ISA names, else the fastest. threads: None for one per physical core.
 
-        Raises ConfigError for an instruction set or a shape that cannot be run, OutOfMemoryError with
-        the bytes that were asked for.
+        Raises ConfigError for an instruction set or a shape that cannot be run, OutOfMemoryError
+        with the bytes that were asked for.
         """
         if threads is not None and threads < 1:
             raise ConfigError(f"threads: expected 1 or more, found {threads}")
@@ -98,8 +110,8 @@ class HostExperts:
     ) -> None:
         """Repack one expert. Any thread may call it; the matrices can be dropped afterwards.
 
-        gate, up: (intermediate, hidden); down: (hidden, intermediate). Raises EngineError for a wrong
-        shape, dtype or place, or an expert that was loaded before.
+        gate, up: (intermediate, hidden); down: (hidden, intermediate). Raises EngineError for a
+        wrong shape, dtype or place, or an expert that was loaded before.
         """
         where = f"layer slot {slot}, expert {expert}"
         self._check_matrix(f"{where}: gate", gate, self.intermediate, self.hidden)
@@ -125,12 +137,12 @@ class HostExperts:
 
         x: (tokens, hidden), bfloat16 or float32. With bfloat16, silu(gate x) * up x is rounded to
         bfloat16 before down; with float32 nothing is rounded. Sums are fp32 in both. expert_ids:
-        (tokens, k) int32, -1 where another place computes that expert; an expert may stand twice in a
-        row. weights: (tokens, k) float32. All three are contiguous CPU tensors and stay unmodified
-        until `wait`.
+        (tokens, k) int32, -1 where another place computes that expert; an expert may stand twice in
+        a row. weights: (tokens, k) float32. All three are contiguous CPU tensors and stay
+        unmodified until `wait`.
 
-        Raises EngineError, before any work starts, for tensors of another form, ids out of range and
-        experts that are not loaded.
+        Raises EngineError, before any work starts, for tensors of another form, ids out of range
+        and experts that are not loaded.
         """
         native = self._open()
         if x.dtype not in (torch.bfloat16, torch.float32):
@@ -157,12 +169,11 @@ class HostExperts:
     def wait(self, ticket: Ticket) -> Tensor:
         """The layer's result: (tokens, hidden) float32, sum over k of weight_k * expert_k(x).
 
-        Bit for bit the same for a token whatever the threads, the schedule and the other tokens of the
-        call. Raises EngineError or OutOfMemoryError when the work failed.
+        Bit for bit the same for a token whatever the threads, the schedule and the other tokens of
+        the call. Raises EngineError or OutOfMemoryError when the work failed.
         """
         with _engine_errors():
-            self._open().wait(ticket._job)
-        return ticket._out
+            return ticket.result()
 
     def close(self) -> None:
         """Finish what was submitted, end the threads, free the weights. More calls do nothing."""
@@ -217,7 +228,7 @@ def _engine_errors(argument_error: type[Exception] = EngineError) -> Iterator[No
     """Turn what the extension throws into the project's errors."""
     try:
         yield
-    except _native.OutOfMemory as error:
+    except _native.OutOfMemoryError as error:
         raise OutOfMemoryError(str(error)) from error
     except _native.ConfigurationError as error:
         raise ConfigError(str(error)) from error
