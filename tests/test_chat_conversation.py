@@ -78,7 +78,6 @@ class Terminal:
         *lines: Line,
         resume: str | None = None,
         seed: int | None = None,
-        show_thinking: bool = False,
     ) -> str:
         """Type `lines`; return what was printed after the greeting."""
         self.reader = ScriptedReader(lines)
@@ -91,10 +90,10 @@ class Terminal:
             self.store,
             self.reader,
             Console(file=output, width=90),
-            Conversation("scripted") if resume is None else self.store.load(resume),
-            resume,
-            show_thinking,
+            False,
         )
+        if resume is not None:
+            self.chat.go_on_with(self.store.load(resume), resume)
         self.left_by_ctrl_c = self.chat.run(run_command)
         assert worker.close(self.assistant.close, timeout_seconds=5)
         before, greeting, printed = output.getvalue().partition(GREETING)

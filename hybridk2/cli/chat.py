@@ -19,10 +19,11 @@ from hybridk2.cli import EXIT_INTERRUPTED
 from hybridk2.errors import ConfigError, RequestError, SessionError
 
 if TYPE_CHECKING:
-    from prompt_toolkit.history import History
     from rich.console import Console
 
     from hybridk2.assistant import Assistant
+    from hybridk2.cli.prompt import TerminalReader
+    from hybridk2.sessions import ConversationStore
 
 LATEST = ""  # what --resume without a name gives
 
@@ -110,12 +111,11 @@ def chat(
 
     from rich.console import Console
 
-    from hybridk2.cli.commands import COMMANDS, run_command
+    from hybridk2.cli.commands import run_command
     from hybridk2.cli.inputs import read_tools
     from hybridk2.cli.interactive import Chat
     from hybridk2.cli.loading import load_assistant
     from hybridk2.cli.one_shot import ask_once
-    from hybridk2.cli.prompt import CommandCompleter, TerminalReader
     from hybridk2.cli.worker import Worker
     from hybridk2.config import EngineConfig
     from hybridk2.sampling import SamplingParams
@@ -155,21 +155,9 @@ def chat(
     try:
         assistant = load_assistant(worker, choices, download, status)
         if question is None:
-            completer = CommandCompleter(
-                {command: what.completes for command, what in COMMANDS.items()},
-                lambda: [saved.name for saved in store.saved()],
-            )
-            terminal_chat = Chat(
-                worker,
-                assistant,
-                params,
-                store,
-                TerminalReader(_history(data_folder / "history", status), completer),
-                Console(),
-                conversation,
-                name,
-                show_thinking,
-            )
+            reader = _terminal_reader(data_folder / "history", store, status)
+            terminal_chat = Chat(worker, assistant, params, store, reader, Console(), show_thinking)
+            terminal_chat.go_on_with(conversation, name)
             interrupted = terminal_chat.run(run_command)
         else:
             reply = ask_once(
@@ -208,18 +196,25 @@ def _question(prompt: str | None) -> str | None:
     return None
 
 
-def _history(path: Path, status: Console) -> History:
-    """The history on disk; where that cannot be, one for this chat alone, and the person knows."""
-    from prompt_toolkit.history import InMemoryHistory
+def _terminal_reader(history: Path, store: ConversationStore, status: Console) -> TerminalReader:
+    """The prompt. Where no history can be kept on disk, one for this chat alone, and a warning."""
+    from prompt_toolkit.history import History, InMemoryHistory
 
+    from hybridk2.cli.commands import COMMANDS
     from hybridk2.cli.notes import warn
-    from hybridk2.cli.prompt import PrivateHistory
+    from hybridk2.cli.prompt import CommandCompleter, PrivateHistory, TerminalReader
 
+    kept: History
     try:
-        return PrivateHistory(path)
+        kept = PrivateHistory(history)
     except SessionError as error:
         warn(status, f"no history is kept: {error}")
-        return InMemoryHistory()
+        kept = InMemoryHistory()
+    completer = CommandCompleter(
+        {name: command.completes for name, command in COMMANDS.items()},
+        lambda: [saved.name for saved in store.saved()],
+    )
+    return TerminalReader(kept, completer)
 
 
 def _survive_unprintable_text() -> None:

@@ -124,10 +124,7 @@ def _load(chat: Chat, argument: str) -> None:
             what = saved.problem or f"{saved.num_messages} messages, {_shortened(saved.title)}"
             chat.note(f"{saved.name}  {saved.saved_at:%Y-%m-%d %H:%M}  {what}")
         return
-    chat.conversation = chat.store.load(argument)
-    chat.name, chat.named_by_person = chat.store.path(argument).stem, True
-    chat.last_reply = None
-    chat.show_last_exchange()
+    chat.go_on_with(chat.store.load(argument), chat.store.path(argument).stem)
 
 
 def _path(command: str, argument: str) -> Path:

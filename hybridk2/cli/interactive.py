@@ -45,8 +45,6 @@ class Chat:
         store: ConversationStore,
         reader: Reader,
         console: Console,
-        conversation: Conversation,
-        name: str | None,
         show_thinking: bool,
     ) -> None:
         self.assistant = assistant
@@ -54,9 +52,9 @@ class Chat:
         self.reader = reader
         self.console = console
         self.show_thinking = show_thinking
-        self.conversation = conversation
-        self.name = name  # None until the first save gives it one
-        self.named_by_person = name is not None
+        self.conversation = Conversation(assistant.model_name)
+        self.name: str | None = None  # until the first save gives it one
+        self.named_by_person = False
         self.documents: list[str] = []  # go with the next question
         self.last_reply: Reply | None = None
         self.leaving = False
@@ -74,11 +72,19 @@ class Chat:
     def warn(self, text: str) -> None:
         warn(self.console, text)
 
-    def show_last_exchange(self) -> None:
-        """What the conversation is and how it ended, to find back into it."""
-        count = len(self.conversation.messages)
-        self.note(f"{self.name}: {count} messages, last with {self.conversation.model}")
-        self.conversation.model = self.assistant.model_name
+    def go_on_with(self, conversation: Conversation, name: str | None) -> None:
+        """Take up a conversation; a saved one, which has a name, is shown where it ended."""
+        self.conversation = conversation
+        self.name = name
+        self.named_by_person = name is not None
+        self.last_reply = None
+        if name is not None:
+            count = len(conversation.messages)
+            self.note(f"{name}: {count} messages, last with {conversation.model}")
+            self._show_last_exchange()
+        conversation.model = self.assistant.model_name
+
+    def _show_last_exchange(self) -> None:
         for message in self.conversation.messages[-2:]:
             if message["role"] == "user":
                 self.console.print(Text("> " + printable(message["content"])))
@@ -90,8 +96,6 @@ class Chat:
 
     def run(self, run_command: Callable[[Chat, str], None]) -> bool:
         """Talk until the person leaves; return whether they left by Ctrl-C."""
-        if self.conversation.messages:
-            self.show_last_exchange()
         self.note("/help lists the commands; Ctrl-C stops a reply, Ctrl-D leaves")
         interrupted = False
         while not self.leaving:
