@@ -3,8 +3,15 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_dense_thread() -> None:
+    """Matrices of tests are tiny: more threads only wait for each other where cores are shared."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

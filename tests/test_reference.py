@@ -8,7 +8,7 @@ up to 262143, where one ulp of an inverse frequency already turns a pair by 0.01
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,6 @@ BLOCKS = {
     "pos5000_eps_cfg_1e-5": (None, 1e-3),
     "posgap_eps_cfg_1e-5": (None, 3e-2),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """These matrices are tiny: more threads only wait for each other where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

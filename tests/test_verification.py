@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,15 +49,6 @@ from hybridk2.verification.published import (
 from tests.reference import Reference, Trace
 
 LAYERS = [0, 1, 2]  # of the small checkpoint: dense, MoE, MoE
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """These matrices are tiny: more threads only wait for each other where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def failures(reports: list[LayerReport]) -> dict[int, set[str]]:
