@@ -19,9 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
-from hybridk2 import _native
 from hybridk2.checkpoint import QuantizedLinear
-from hybridk2.experts.host import HostExperts, available_isas
+from hybridk2.experts.host import READ_LOOPS, HostExperts, available_isas
 
 HIDDEN, INTERMEDIATE, TOP_K = 7168, 2048, 8
 
@@ -43,7 +42,7 @@ def main() -> None:
     arguments = parse_arguments()
     experts_of = {isa: load(isa, arguments) for isa in arguments.isa}
     first = next(iter(experts_of.values()))
-    roof = ReadRoof(first._open())
+    roof = ReadRoof(first)
     rows = []
     print(
         f"{arguments.experts} experts, {first.weight_bytes / 1e6:.0f} MB of weights, "
@@ -91,16 +90,16 @@ def parse_arguments() -> argparse.Namespace:
 class ReadRoof:
     """The best read bandwidth of the run so far, over all loops."""
 
-    def __init__(self, native: _native.Experts) -> None:
-        self._native = native
-        self._gigabytes = native.weight_bytes / 1e9
-        self._best = dict.fromkeys(_native.READ_LOOPS, 0.0)
+    def __init__(self, experts: HostExperts) -> None:
+        self._experts = experts
+        self._gigabytes = experts.weight_bytes / 1e9
+        self._best = dict.fromkeys(READ_LOOPS, 0.0)
 
     def sample(self) -> float:
         """Run every loop once; GB/s of the fastest."""
         rates = []
-        for number, name in enumerate(_native.READ_LOOPS):
-            rate = self._gigabytes / self._native.read_weights_seconds(number)
+        for number, name in enumerate(READ_LOOPS):
+            rate = self._gigabytes / self._experts.read_weights_seconds(number)
             self._best[name] = max(self._best[name], rate)
             rates.append(rate)
         return max(rates)

@@ -95,7 +95,7 @@ class Engine:
         self.context_tokens = context_tokens
         self.eos_token_ids = tuple(eos_token_ids)
         self._model = model
-        self._experts = experts
+        self.experts = experts
         self._cache = cache
         self._waiting: deque[Generation] = deque()
         self._running: list[Generation] = []
@@ -283,7 +283,7 @@ class Engine:
         with self._lock:
             for generation in [*self._running, *self._waiting]:
                 self._end(generation, "cancelled")
-            self._experts.close()
+            self.experts.close()
 
     def _promised_tokens(self) -> int:
         return sum(generation.limit_tokens for generation in self._running)

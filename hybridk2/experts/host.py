@@ -20,9 +20,11 @@ from hybridk2 import _native
 from hybridk2.checkpoint import QuantizedLinear
 from hybridk2.errors import ConfigError, EngineError, OutOfMemoryError
 
-__all__ = ["HostExperts", "Ticket", "available_isas"]
+__all__ = ["READ_LOOPS", "HostExperts", "Ticket", "available_isas"]
 
 logger = logging.getLogger(__name__)
+
+READ_LOOPS: tuple[str, ...] = tuple(_native.READ_LOOPS)
 
 
 def available_isas() -> list[str]:
@@ -174,6 +176,13 @@ class HostExperts:
         """
         with _engine_errors():
             return ticket.result()
+
+    def read_weights_seconds(self, loop: int) -> float:
+        """Read all weights once with every thread and do nothing with them: the roof of decoding.
+
+        loop: index into READ_LOOPS. Returns the seconds it took.
+        """
+        return self._open().read_weights_seconds(loop)
 
     def close(self) -> None:
         """Finish what was submitted, end the threads, free the weights. More calls do nothing."""
