@@ -98,19 +98,20 @@ def main(model: str, prompt_tokens: int, tokens: int, runs: int, context: int, c
 
 
 class Progress:
-    """One line per stage on a terminal, rewritten; nothing elsewhere."""
+    """One line per stage, rewritten as it goes on a terminal and written at its end elsewhere."""
 
     def __call__(self, progress: LoadProgress) -> None:
+        ended = progress.done_bytes >= progress.total_bytes
+        eta = progress.eta_seconds
+        left = "" if not eta else f", {eta:.0f} s left"
+        text = (
+            f"{progress.stage}: {progress.done_bytes / GIGA:.2f} of "
+            f"{progress.total_bytes / GIGA:.2f} GB, {progress.gigabytes_per_second:.2f} GB/s{left}"
+        )
         if sys.stderr.isatty():
-            eta = progress.eta_seconds
-            left = "" if not eta else f", {eta:.0f} s left"
-            sys.stderr.write(
-                f"\r{progress.stage}: {progress.done_bytes / GIGA:.2f} of "
-                f"{progress.total_bytes / GIGA:.2f} GB, "
-                f"{progress.gigabytes_per_second:.2f} GB/s{left}\033[K"
-            )
-            if progress.done_bytes >= progress.total_bytes:
-                sys.stderr.write("\n")
+            sys.stderr.write(f"\r{text}\033[K" + ("\n" if ended else ""))
+        elif ended:
+            sys.stderr.write(text + "\n")
 
 
 def bytes_per_token(checkpoint: Checkpoint) -> int:
