@@ -31,7 +31,7 @@ constexpr int scale_offset(int vector, int group) {
          vector % kVectorsPerPanel * kRowsPerVector * 2;
 }
 
-// One group of a register tile: acc[i][v] += sum over the group's columns, in ascending order.
+// One line of a group: acc[i][v] += sum over the line's columns, in ascending order.
 template <int M, int V>
 struct PackedGroup {
   const uint8_t* strip_block;
@@ -51,26 +51,22 @@ struct PackedGroup {
     }
   }
 
-  void accumulate(const uint32_t* x, int64_t x_stride, Sum (&acc)[M][V]) const {
-#pragma GCC unroll 4
-    for (int q = 0; q < kLinesPerGroup; ++q) {
-      Line line[V];
+  void accumulate_line(int q, const uint32_t* x, int64_t x_stride, Sum (&acc)[M][V]) const {
+    Line line[V];
 #pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) {
-        line[v] = load_line(strip_block + nibble_offset(first_vector + v) +
-                            (group * kLinesPerGroup + q) * kLineBytes);
-      }
-      const uint32_t* xq = x + q * kStepsPerLine * x_stride;
-      step<0>(line, xq, x_stride, acc);
-      step<1>(line, xq, x_stride, acc);
-      step<2>(line, xq, x_stride, acc);
-      step<3>(line, xq, x_stride, acc);
-      if constexpr (kStepsPerLine == 8) {
-        step<4>(line, xq, x_stride, acc);
-        step<5>(line, xq, x_stride, acc);
-        step<6>(line, xq, x_stride, acc);
-        step<7>(line, xq, x_stride, acc);
-      }
+    for (int v = 0; v < V; ++v) {
+      line[v] = load_line(strip_block + nibble_offset(first_vector + v) +
+                          (group * kLinesPerGroup + q) * kLineBytes);
+    }
+    step<0>(line, x, x_stride, acc);
+    step<1>(line, x, x_stride, acc);
+    step<2>(line, x, x_stride, acc);
+    step<3>(line, x, x_stride, acc);
+    if constexpr (kStepsPerLine == 8) {
+      step<4>(line, x, x_stride, acc);
+      step<5>(line, x, x_stride, acc);
+      step<6>(line, x, x_stride, acc);
+      step<7>(line, x, x_stride, acc);
     }
   }
 };
@@ -84,7 +80,6 @@ struct UnpackedGroup {
 
   void accumulate(const uint32_t* x, int64_t x_stride, Sum (&acc)[M][V]) const {
     const Weight* w = weights + group * kElementsPerGroup * kVectorsPerStrip + first_vector;
-#pragma GCC unroll 4
     for (int e = 0; e < kElementsPerGroup; ++e) {
       Weight weight[V];
 #pragma GCC unroll 16
@@ -104,6 +99,9 @@ struct UnpackedGroup {
 template <int M, int V, bool kUnpacked>
 void multiply_register_tile(const uint8_t* strip, const Weight* unpacked, int64_t num_blocks,
                             int first_vector, const uint32_t* x, int64_t x_stride, float* sums) {
+  // Each accumulator is one chain of dependent multiplications. Few tokens make few chains, too few
+  // to hide their latency: then the block's two groups run side by side.
+  constexpr int kGroups = !kUnpacked && 2 * M * V <= kRegisterTokens ? 2 : 1;
   Sum total[M][V];
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
@@ -120,25 +118,40 @@ void multiply_register_tile(const uint8_t* strip, const Weight* unpacked, int64_
 #pragma GCC unroll 18
       for (int line = 0; line < kLines; ++line) __builtin_prefetch(ahead + line * kLineBytes, 0, 2);
     }
-    for (int group = 0; group < kGroupsPerBlock; ++group) {
-      Sum acc[M][V];
+    for (int group = 0; group < kGroupsPerBlock; group += kGroups) {
+      Sum acc[kGroups][M][V];
+#pragma GCC unroll 2
+      for (int g = 0; g < kGroups; ++g) {
 #pragma GCC unroll 16
-      for (int i = 0; i < M; ++i) {
+        for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) acc[i][v] = zero();
+          for (int v = 0; v < V; ++v) acc[g][i][v] = zero();
+        }
       }
-      const uint32_t* xg = x + (block * kElementsPerBlock + group * kElementsPerGroup) * x_stride;
+      const uint32_t* xg = x + (block * kGroupsPerBlock + group) * kElementsPerGroup * x_stride;
+      // Lines and elements are not unrolled: with twelve tokens the code would outgrow the micro-op
+      // cache (a tenth slower on Zen 4, 2026-11).
       if constexpr (kUnpacked) {
         const Weight* weights = unpacked + block * kElementsPerBlock * kVectorsPerStrip;
-        UnpackedGroup<M, V>{weights, first_vector, group}.accumulate(xg, x_stride, acc);
+        UnpackedGroup<M, V>{weights, first_vector, group}.accumulate(xg, x_stride, acc[0]);
       } else {
-        PackedGroup<M, V>{strip_block, first_vector, group}.accumulate(xg, x_stride, acc);
+        for (int q = 0; q < kLinesPerGroup; ++q) {
+#pragma GCC unroll 2
+          for (int g = 0; g < kGroups; ++g) {
+            const uint32_t* xq = xg + (g * kLinesPerGroup + q) * kStepsPerLine * x_stride;
+            PackedGroup<M, V>{strip_block, first_vector, group + g}.accumulate_line(q, xq, x_stride,
+                                                                                    acc[g]);
+          }
+        }
       }
+#pragma GCC unroll 2
+      for (int g = 0; g < kGroups; ++g) {
 #pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) {
-        const Sum scale = load_scale(strip_block + scale_offset(first_vector + v, group));
+        for (int v = 0; v < V; ++v) {
+          const Sum scale = load_scale(strip_block + scale_offset(first_vector + v, group + g));
 #pragma GCC unroll 16
-        for (int i = 0; i < M; ++i) total[i][v] = scale_add(acc[i][v], scale, total[i][v]);
+          for (int i = 0; i < M; ++i) total[i][v] = scale_add(acc[g][i][v], scale, total[i][v]);
+        }
       }
     }
   }
