@@ -237,7 +237,7 @@ def _engine_errors(argument_error: type[Exception] = EngineError) -> Iterator[No
     """Turn what the extension throws into the project's errors."""
     try:
         yield
-    except _native.OutOfMemoryError as error:
+    except MemoryError as error:
         raise OutOfMemoryError(str(error)) from error
     except _native.ConfigurationError as error:
         raise ConfigError(str(error)) from error
