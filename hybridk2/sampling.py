@@ -159,20 +159,26 @@ class Sampler:
         params = self._params
         if params.temperature == 0:
             return int(logits.argmax())
-        logits = (logits - logits.max()) / params.temperature
+        probabilities = torch.softmax((logits - logits.max()) / params.temperature, dim=-1)
+        if params.min_p > 0.0:
+            unlikely = probabilities < params.min_p * probabilities.max()
+            probabilities = probabilities.masked_fill(unlikely, 0.0)
+        if params.top_k == 0 and params.top_p == 1.0:
+            return _draw(probabilities, uniform(self._seed, position))
         # Likeliest first; equal ones by id, so that the order is the same on every run.
-        order = torch.sort(logits, descending=True, stable=True)
-        probabilities = torch.softmax(order.values, dim=-1)
-        keep = int((order.values > float("-inf")).sum())
-        if 0 < params.top_k < keep:
-            keep = params.top_k
+        kept, order = torch.sort(probabilities, descending=True, stable=True)
+        if params.top_k > 0:
+            kept = kept[: params.top_k]
         if params.top_p < 1.0:
             # The smallest set that reaches top_p, measured within what top_k left.
-            mass = probabilities[:keep].cumsum(-1) / probabilities[:keep].sum()
-            keep = min(keep, int((mass < params.top_p).sum()) + 1)
-        if params.min_p > 0.0:
-            keep = min(keep, int((probabilities >= params.min_p * probabilities[0]).sum()))
-        mass = probabilities[:keep].cumsum(-1)
-        drawn = uniform(self._seed, position) * float(mass[-1])
-        index = int(torch.searchsorted(mass, drawn, right=True))
-        return int(order.indices[min(index, keep - 1)])
+            mass = kept.cumsum(-1) / kept.sum()
+            kept = kept[: int((mass < params.top_p).sum()) + 1]
+        return int(order[_draw(kept, uniform(self._seed, position))])
+
+
+def _draw(probabilities: Tensor, drawn: float) -> int:
+    """The index at which the cumulated probabilities, scaled to 1, pass drawn: never one of 0."""
+    mass = probabilities.cumsum(-1)
+    index = int(torch.searchsorted(mass, drawn * float(mass[-1]), right=True))
+    # drawn < 1, but its product may round up to the whole mass.
+    return min(index, int(torch.searchsorted(mass, mass[-1])))

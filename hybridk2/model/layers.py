@@ -21,9 +21,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Normed in fp32 and rounded to x's dtype before the weight is applied, as the model was trained.
     """
-    wide = x.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return normed.to(x.dtype) * weight
+    return F.rms_norm(x.float(), weight.shape, eps=eps).to(x.dtype) * weight
 
 
 def yarn_inverse_frequencies(config: K2Config) -> Tensor:
