@@ -10,6 +10,7 @@ constexpr int kRowsPerVector = 8;
 constexpr int kStepsPerLine = 8;
 constexpr int kColumnsPerElement = 1;
 constexpr int kRegisterTokens = 6;
+constexpr int kSideBySideSums = 0;
 
 using Sum = __m256;
 using Weight = __m256;

@@ -9,7 +9,8 @@ namespace {
 constexpr int kRowsPerVector = 16;
 constexpr int kStepsPerLine = 4;
 constexpr int kColumnsPerElement = 2;
-constexpr int kRegisterTokens = kTokensPerTile;
+constexpr int kRegisterTokens = 8;
+constexpr int kSideBySideSums = 6;
 
 using Sum = __m512;
 using Weight = __m512i;  // 32 x bf16

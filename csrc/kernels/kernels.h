@@ -51,8 +51,8 @@ constexpr int kPanelBytes = kPanelNibbleBytes + kPanelRows * kGroupsPerBlock * 2
 constexpr int kStripRows = 2 * kPanelRows;
 constexpr int kStripBlockBytes = 2 * kPanelBytes;
 
-// Twelve tokens x one strip are 24 AVX-512 accumulators; with two weight registers, the broadcast
-// activation and the nibble table, 28 of the 32 registers are in use. Thirteen would spill.
+// A multiple of what any instruction set holds in its registers (6), so that full tiles divide
+// evenly.
 constexpr int kTokensPerTile = 12;
 
 // Scratch for one thread: unpacked weights of one strip and a few blocks, small enough for L1.

@@ -5,13 +5,15 @@
 //   Weight       what one step multiplies: kRowsPerVector rows x one element's columns
 //   Line         kRowsPerVector rows of a 64-byte line of nibbles
 //   kStepsPerLine            elements per line: 4 (bf16 pairs) or 8 (fp32)
-//   kRegisterTokens          most tokens held in accumulators at once
+//   kRegisterTokens          most tokens held in accumulators at once: 6 or 8
+//   kSideBySideSums          up to so many accumulators, both groups of a block run side by side
 //   vectors_at_once(tokens)  row vectors held in accumulators beside that many tokens
 //   load_line, decode<step>, multiply_add, scale_add, zero, load, store
 //
-// A register tile is `M` tokens x `V` row vectors of a strip. Its weights come packed (one tile of
-// tokens: nothing to reuse, decode on the fly at the speed of memory) or unpacked from scratch
-// (several tiles: decode once, use often). Both give the same bits.
+// A register tile is `M` tokens x `V` row vectors of a strip. The first one of a strip decodes its
+// weights on the fly, between its multiplications, where decoding is nearly free; when others
+// follow it leaves what it decoded in scratch for them. So there is no crossover to tune, and every
+// way gives the same bits.
 
 constexpr int kVectorsPerStrip = kStripRows / kRowsPerVector;
 constexpr int kVectorsPerPanel = kPanelRows / kRowsPerVector;
@@ -31,18 +33,31 @@ constexpr int scale_offset(int vector, int group) {
          vector % kVectorsPerPanel * kRowsPerVector * 2;
 }
 
-// One line of a group: acc[i][v] += sum over the line's columns, in ascending order.
-template <int M, int V>
+// Where a register tile finds its weights.
+enum class Source {
+  kPacked,      // in the strip
+  kPackedKept,  // in the strip; decoded ones are left in scratch
+  kUnpacked,    // in scratch
+};
+
+// One line of a group: acc[i][v] += sum over the line's columns, in ascending order. kept: where
+// the group's first decoded weight goes, [element][vector of the strip].
+template <int M, int V, bool kKeep>
 struct PackedGroup {
   const uint8_t* strip_block;
   int first_vector;
   int group;
+  Weight* kept;
 
   template <int Step>
-  static void step(const Line (&line)[V], const uint32_t* x, int64_t x_stride, Sum (&acc)[M][V]) {
+  static void step(const Line (&line)[V], Weight* keep, const uint32_t* x, int64_t x_stride,
+                   Sum (&acc)[M][V]) {
     Weight weight[V];
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) weight[v] = decode<Step>(line[v]);
+    for (int v = 0; v < V; ++v) {
+      weight[v] = decode<Step>(line[v]);
+      if constexpr (kKeep) keep[Step * kVectorsPerStrip + v] = weight[v];
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
       const Element element = broadcast(x + Step * x_stride + i);
@@ -52,56 +67,54 @@ struct PackedGroup {
   }
 
   void accumulate_line(int q, const uint32_t* x, int64_t x_stride, Sum (&acc)[M][V]) const {
+    Weight* keep = kKeep ? kept + q * kStepsPerLine * kVectorsPerStrip : nullptr;
     Line line[V];
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
       line[v] = load_line(strip_block + nibble_offset(first_vector + v) +
                           (group * kLinesPerGroup + q) * kLineBytes);
     }
-    step<0>(line, x, x_stride, acc);
-    step<1>(line, x, x_stride, acc);
-    step<2>(line, x, x_stride, acc);
-    step<3>(line, x, x_stride, acc);
+    step<0>(line, keep, x, x_stride, acc);
+    step<1>(line, keep, x, x_stride, acc);
+    step<2>(line, keep, x, x_stride, acc);
+    step<3>(line, keep, x, x_stride, acc);
     if constexpr (kStepsPerLine == 8) {
-      step<4>(line, x, x_stride, acc);
-      step<5>(line, x, x_stride, acc);
-      step<6>(line, x, x_stride, acc);
-      step<7>(line, x, x_stride, acc);
+      step<4>(line, keep, x, x_stride, acc);
+      step<5>(line, keep, x, x_stride, acc);
+      step<6>(line, keep, x, x_stride, acc);
+      step<7>(line, keep, x, x_stride, acc);
     }
   }
 };
 
-// The same from weights that unpack_block() has decoded: [group][element][vector of the strip].
+// The same for element e of a group from decoded weights, those of the group: [element][vector].
 template <int M, int V>
 struct UnpackedGroup {
   const Weight* weights;
-  int first_vector;
-  int group;
 
-  void accumulate(const uint32_t* x, int64_t x_stride, Sum (&acc)[M][V]) const {
-    const Weight* w = weights + group * kElementsPerGroup * kVectorsPerStrip + first_vector;
-    for (int e = 0; e < kElementsPerGroup; ++e) {
-      Weight weight[V];
+  void accumulate_element(int e, const uint32_t* x, Sum (&acc)[M][V]) const {
+    Weight weight[V];
 #pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) weight[v] = w[e * kVectorsPerStrip + v];
+    for (int v = 0; v < V; ++v) weight[v] = weights[e * kVectorsPerStrip + v];
 #pragma GCC unroll 16
-      for (int i = 0; i < M; ++i) {
-        const Element element = broadcast(x + e * x_stride + i);
+    for (int i = 0; i < M; ++i) {
+      const Element element = broadcast(x + i);
 #pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) acc[i][v] = multiply_add(weight[v], element, acc[i][v]);
-      }
+      for (int v = 0; v < V; ++v) acc[i][v] = multiply_add(weight[v], element, acc[i][v]);
     }
   }
 };
 
 // Adds blocks [0, num_blocks) of one register tile to sums (row i at sums + i * kStripRows).
-// x: element e of token i at [e * x_stride + i]. unpacked: null, or num_blocks decoded blocks.
-template <int M, int V, bool kUnpacked>
-void multiply_register_tile(const uint8_t* strip, const Weight* unpacked, int64_t num_blocks,
+// x: element e of token i at [e * x_stride + i]. unpacked: room for num_blocks decoded blocks, or
+// null for kPacked.
+template <int M, int V, Source kSource>
+void multiply_register_tile(const uint8_t* strip, Weight* unpacked, int64_t num_blocks,
                             int first_vector, const uint32_t* x, int64_t x_stride, float* sums) {
   // Each accumulator is one chain of dependent multiplications. Few tokens make few chains, too few
   // to hide their latency: then the block's two groups run side by side.
-  constexpr int kGroups = !kUnpacked && 2 * M * V <= kRegisterTokens ? 2 : 1;
+  constexpr int kGroups = M * V <= kSideBySideSums ? 2 : 1;
+  constexpr bool kUnpacked = kSource == Source::kUnpacked;
   Sum total[M][V];
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
@@ -131,16 +144,26 @@ void multiply_register_tile(const uint8_t* strip, const Weight* unpacked, int64_
       const uint32_t* xg = x + (block * kGroupsPerBlock + group) * kElementsPerGroup * x_stride;
       // Lines and elements are not unrolled: with twelve tokens the code would outgrow the micro-op
       // cache (a tenth slower on Zen 4, 2026-11).
+      Weight* decoded = unpacked +
+                        (block * kElementsPerBlock + group * kElementsPerGroup) * kVectorsPerStrip +
+                        first_vector;
+      constexpr int kGroupWeights = kElementsPerGroup * kVectorsPerStrip;
       if constexpr (kUnpacked) {
-        const Weight* weights = unpacked + block * kElementsPerBlock * kVectorsPerStrip;
-        UnpackedGroup<M, V>{weights, first_vector, group}.accumulate(xg, x_stride, acc[0]);
+        for (int e = 0; e < kElementsPerGroup; ++e) {
+#pragma GCC unroll 2
+          for (int g = 0; g < kGroups; ++g) {
+            UnpackedGroup<M, V>{decoded + g * kGroupWeights}.accumulate_element(
+                e, xg + (g * kElementsPerGroup + e) * x_stride, acc[g]);
+          }
+        }
       } else {
         for (int q = 0; q < kLinesPerGroup; ++q) {
 #pragma GCC unroll 2
           for (int g = 0; g < kGroups; ++g) {
             const uint32_t* xq = xg + (g * kLinesPerGroup + q) * kStepsPerLine * x_stride;
-            PackedGroup<M, V>{strip_block, first_vector, group + g}.accumulate_line(q, xq, x_stride,
-                                                                                    acc[g]);
+            PackedGroup<M, V, kSource == Source::kPackedKept>{strip_block, first_vector, group + g,
+                                                              decoded + g * kGroupWeights}
+                .accumulate_line(q, xq, x_stride, acc[g]);
           }
         }
       }
@@ -165,97 +188,39 @@ void multiply_register_tile(const uint8_t* strip, const Weight* unpacked, int64_
 }
 
 // All row vectors of the strip for M tokens.
-template <int M, bool kUnpacked>
-void multiply_tokens(const uint8_t* strip, const Weight* unpacked, int64_t num_blocks,
-                     const uint32_t* x, int64_t x_stride, float* sums) {
+template <int M, Source kSource>
+void multiply_tokens(const uint8_t* strip, Weight* unpacked, int64_t num_blocks, const uint32_t* x,
+                     int64_t x_stride, float* sums) {
   constexpr int V = vectors_at_once(M);
   static_assert(kVectorsPerStrip % V == 0);
   for (int first_vector = 0; first_vector < kVectorsPerStrip; first_vector += V) {
-    multiply_register_tile<M, V, kUnpacked>(strip, unpacked, num_blocks, first_vector, x, x_stride,
-                                            sums);
+    multiply_register_tile<M, V, kSource>(strip, unpacked, num_blocks, first_vector, x, x_stride,
+                                          sums);
   }
 }
 
-using MultiplyTokens = void (*)(const uint8_t*, const Weight*, int64_t, const uint32_t*, int64_t,
-                                float*);
+using MultiplyTokens = void (*)(const uint8_t*, Weight*, int64_t, const uint32_t*, int64_t, float*);
 
-template <bool kUnpacked>
+template <Source kSource>
 MultiplyTokens multiply_tokens_for(int64_t tokens) {
+  static_assert(kRegisterTokens == 6 || kRegisterTokens == 8);
   switch (tokens) {
     case 1:
-      return multiply_tokens<1, kUnpacked>;
+      return multiply_tokens<1, kSource>;
     case 2:
-      return multiply_tokens<2, kUnpacked>;
+      return multiply_tokens<2, kSource>;
     case 3:
-      return multiply_tokens<3, kUnpacked>;
+      return multiply_tokens<3, kSource>;
     case 4:
-      return multiply_tokens<4, kUnpacked>;
+      return multiply_tokens<4, kSource>;
     case 5:
-      return multiply_tokens<5, kUnpacked>;
+      return multiply_tokens<5, kSource>;
+    case 6:
+      return multiply_tokens<6, kSource>;
+    case 7:
+      return multiply_tokens<kRegisterTokens - 1, kSource>;
     default:
-      break;
-  }
-  if constexpr (kRegisterTokens > 6) {
-    switch (tokens) {
-      case 7:
-        return multiply_tokens<7, kUnpacked>;
-      case 8:
-        return multiply_tokens<8, kUnpacked>;
-      case 9:
-        return multiply_tokens<9, kUnpacked>;
-      case 10:
-        return multiply_tokens<10, kUnpacked>;
-      case 11:
-        return multiply_tokens<11, kUnpacked>;
-      case 12:
-        return multiply_tokens<12, kUnpacked>;
-      default:
-        break;
-    }
-  }
-  return multiply_tokens<6, kUnpacked>;
-}
-
-// One tile of `tokens` tokens, in as many register tiles as it takes, of nearly equal width.
-template <bool kUnpacked>
-void multiply_tile(const uint8_t* strip, const Weight* unpacked, int64_t num_blocks,
-                   const uint32_t* x, int64_t tokens, float* sums) {
-  const int64_t parts = (tokens + kRegisterTokens - 1) / kRegisterTokens;
-  for (int64_t part = 0; part < parts; ++part) {
-    const int64_t begin = tokens * part / parts;
-    const int64_t width = tokens * (part + 1) / parts - begin;
-    multiply_tokens_for<kUnpacked>(width)(strip, unpacked, num_blocks, x + begin, tokens,
-                                          sums + begin * kStripRows);
-  }
-}
-
-template <int Step>
-void unpack_step(const Line (&line)[kVectorsPerStrip], Weight* out) {
-#pragma GCC unroll 16
-  for (int v = 0; v < kVectorsPerStrip; ++v)
-    out[Step * kVectorsPerStrip + v] = decode<Step>(line[v]);
-}
-
-void unpack_block(const uint8_t* strip_block, Weight* out) {
-  for (int row_line = 0; row_line < kGroupsPerBlock * kLinesPerGroup; ++row_line) {
-    Line line[kVectorsPerStrip];
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectorsPerStrip; ++v) {
-      line[v] = load_line(strip_block + nibble_offset(v) + row_line * kLineBytes);
-      __builtin_prefetch(strip_block + nibble_offset(v) + row_line * kLineBytes + kPrefetchBytes, 0,
-                         2);
-    }
-    unpack_step<0>(line, out);
-    unpack_step<1>(line, out);
-    unpack_step<2>(line, out);
-    unpack_step<3>(line, out);
-    if constexpr (kStepsPerLine == 8) {
-      unpack_step<4>(line, out);
-      unpack_step<5>(line, out);
-      unpack_step<6>(line, out);
-      unpack_step<7>(line, out);
-    }
-    out += kStepsPerLine * kVectorsPerStrip;
+      return multiply_tokens<kRegisterTokens, kSource>;
   }
 }
 
@@ -264,9 +229,10 @@ constexpr int kUnpackedBlockBytes =
 constexpr int kBlocksPerChunk = kScratchBytes / kUnpackedBlockBytes;
 static_assert(kBlocksPerChunk >= 1);
 
-// Several tiles: for each chunk of columns, every strip is decoded once and meets every tile while
-// the chunk of activations stays in L2.
-void multiply_many_tiles(const MatmulTask& task) {
+// Several register tiles: for each chunk of columns, every strip is decoded once and meets every
+// token while the chunk of activations stays in L2. A tile of activations is cut into register
+// tiles of nearly equal width.
+void multiply_many_tokens(const MatmulTask& task) {
   const uint32_t* x = static_cast<const uint32_t*>(task.activations);
   Weight* unpacked = reinterpret_cast<Weight*>(task.scratch);
   const int64_t row_elements = task.num_blocks * kElementsPerBlock;
@@ -275,16 +241,21 @@ void multiply_many_tiles(const MatmulTask& task) {
     const int64_t blocks = left < kBlocksPerChunk ? left : kBlocksPerChunk;
     for (int64_t s = 0; s < task.num_strips; ++s) {
       const uint8_t* chunk = task.strips + (s * task.num_blocks + block) * kStripBlockBytes;
-      for (int64_t b = 0; b < blocks; ++b) {
-        unpack_block(chunk + b * kStripBlockBytes,
-                     unpacked + b * kElementsPerBlock * kVectorsPerStrip);
-      }
-      for (int64_t begin = 0; begin < task.num_tokens; begin += kTokensPerTile) {
-        const int64_t tokens_left = task.num_tokens - begin;
+      float* sums = task.sums + s * task.num_tokens * kStripRows;
+      for (int64_t tile = 0; tile < task.num_tokens; tile += kTokensPerTile) {
+        const int64_t tokens_left = task.num_tokens - tile;
         const int64_t tokens = tokens_left < kTokensPerTile ? tokens_left : kTokensPerTile;
-        multiply_tile<true>(chunk, unpacked, blocks,
-                            x + begin * row_elements + block * kElementsPerBlock * tokens, tokens,
-                            task.sums + (s * task.num_tokens + begin) * kStripRows);
+        const uint32_t* tile_x = x + tile * row_elements + block * kElementsPerBlock * tokens;
+        const int64_t parts = (tokens + kRegisterTokens - 1) / kRegisterTokens;
+        for (int64_t part = 0; part < parts; ++part) {
+          const int64_t begin = tokens * part / parts;
+          const int64_t width = tokens * (part + 1) / parts - begin;
+          const MultiplyTokens multiply = tile + begin == 0
+                                              ? multiply_tokens_for<Source::kPackedKept>(width)
+                                              : multiply_tokens_for<Source::kUnpacked>(width);
+          multiply(chunk, unpacked, blocks, tile_x + begin, tokens,
+                   sums + (tile + begin) * kStripRows);
+        }
       }
     }
   }
@@ -292,13 +263,14 @@ void multiply_many_tiles(const MatmulTask& task) {
 
 void matmul(const MatmulTask& task) {
   __builtin_memset(task.sums, 0, sizeof(float) * task.num_strips * task.num_tokens * kStripRows);
-  if (task.num_tokens > kTokensPerTile) {
-    multiply_many_tiles(task);
+  if (task.num_tokens > kRegisterTokens) {
+    multiply_many_tokens(task);
     return;
   }
+  const MultiplyTokens multiply = multiply_tokens_for<Source::kPacked>(task.num_tokens);
   for (int64_t s = 0; s < task.num_strips; ++s) {
-    multiply_tile<false>(task.strips + s * task.num_blocks * kStripBlockBytes, nullptr,
-                         task.num_blocks, static_cast<const uint32_t*>(task.activations),
-                         task.num_tokens, task.sums + s * task.num_tokens * kStripRows);
+    multiply(task.strips + s * task.num_blocks * kStripBlockBytes, nullptr, task.num_blocks,
+             static_cast<const uint32_t*>(task.activations), task.num_tokens,
+             task.sums + s * task.num_tokens * kStripRows);
   }
 }
