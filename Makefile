@@ -9,7 +9,7 @@ NATIVE  := setup.py CMakeLists.txt $(shell find csrc -name '*.cc' -o -name '*.h'
 CXX_ALL := $(shell find csrc tests bench -name '*.cc' -o -name '*.h' -o -name '*.cpp' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat test soak lint format bench sanitize clean
+.PHONY: help demo chat test soak lint format bench bench-peers sanitize clean
 
 help:
 	@echo "make demo      build, then watch the embedded model compare 9.11 with 9.9"
@@ -17,6 +17,7 @@ help:
 	@echo "make test      the quick suite          make soak      the long one"
 	@echo "make lint      ruff, mypy, clang-format make format    rewrite what lint would refuse"
 	@echo "make bench     the expert kernels against this machine's own roof"
+	@echo "make bench-peers  other engines for it, each in its own environment (minutes)"
 	@echo "make sanitize  the C++ side under ASan, UBSan and TSan"
 	@echo "make clean     remove build outputs; the virtual environment too: make clean-all"
 
@@ -45,6 +46,9 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.built
 	$(BIN)/python bench/experts.py
+
+bench-peers: $(VENV)/.requirements
+	PYTHON="$(BIN)/python" bench/peers/setup.sh
 
 sanitize: $(VENV)/.requirements
 	PATH="$(abspath $(BIN)):$$PATH" tests/native/run_sanitizers.sh
