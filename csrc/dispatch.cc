@@ -1,9 +1,13 @@
 #include "dispatch.h"
 
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
+#include <memory>
 
 #include "errors.h"
 
@@ -48,9 +52,67 @@ bool has_avx512() {
 
 bool has_avx512_bf16() { return has_avx512() && bit(cpuid(7, 1).a, 5); }
 
+// AMX registers are 8 KB per thread, which Linux saves only for processes that ask. The permission
+// is the whole process's, threads to come included; a thread whose alternate signal stack is too
+// small for them makes the kernel refuse.
+bool permitted_to_use_tiles() {
+  constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr int kTileData = 18;               // XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+// The product of one strip of random weights with random activations.
+std::vector<float> sample_product(const ActivationKernels& kernels, int64_t num_tokens) {
+  constexpr int64_t kBlocks = 3, kWords = kBlocks * kStripBlockBytes / 4;
+  constexpr int64_t kElements = kBlocks * kBlockColumns / 2;
+  struct alignas(64) Buffers {
+    uint32_t strip[kWords];
+    uint8_t scratch[kScratchBytes];
+    float sums[20 * kStripRows];
+    uint32_t x[20 * kElements];
+  };
+  const auto buffers = std::make_unique<Buffers>();
+  uint32_t random = 1;
+  // Any bits do as nibbles. As bf16, scales lie between 2^-15 and 2, activations between 2^-7
+  // and 2.
+  const auto next = [&] { return random = random * 1664525 + 1013904223; };
+  for (uint32_t& word : buffers->strip) word = next();
+  for (int64_t panel = 0; panel < 2 * kBlocks; ++panel) {
+    uint32_t* scales = buffers->strip + (panel * kPanelBytes + kPanelNibbleBytes) / 4;
+    for (int i = 0; i < kPanelRows; ++i) scales[i] = (next() & 0x87ff87ff) | 0x38003800;
+  }
+  for (uint32_t& pair : buffers->x) pair = (next() & 0x83ff83ff) | 0x3c003c00;
+  kernels.matmul({reinterpret_cast<uint8_t*>(buffers->strip), 1, kBlocks, buffers->x, num_tokens,
+                  buffers->sums, buffers->scratch});
+  return {buffers->sums, buffers->sums + num_tokens * kStripRows};
+}
+
+// A trial, with few tokens and with more than a tile has rows: that both give the same bits rests
+// on tiles that add as Intel documents, so tiles that do not are not used.
+bool tiles_give_documented_bits() {
+  for (const int64_t num_tokens : {1, 20}) {
+    const std::vector<float> found = sample_product(kAmxKernels, num_tokens);
+    const std::vector<float> documented = sample_product(kAmxEmulatedKernels, num_tokens);
+    if (std::memcmp(found.data(), documented.data(), found.size() * sizeof(float)) != 0) {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool has_amx() {
+  constexpr uint64_t kTiles = 0x60000;  // tile configuration and tile data
+  const uint32_t leaf7 = cpuid(7, 0).d;
+  const bool bf16 = bit(leaf7, 22), tile = bit(leaf7, 24);
+  if (!has_avx512_bf16() || (saved_registers() & kTiles) != kTiles || !bf16 || !tile) return false;
+  static const bool usable = permitted_to_use_tiles() && tiles_give_documented_bits();
+  return usable;
+}
+
 struct Implementation {
   KernelTable table;
   bool (*supported)();
+  bool for_tests = false;  // runs when it is asked for by name, and is not offered
 };
 
 // Slowest first.
@@ -59,6 +121,8 @@ constexpr Implementation kImplementations[] = {
     {{"avx2", &kAvx2Kernels, &kAvx2Kernels}, has_avx2},
     {{"avx512", &kAvx512Kernels, &kAvx512Kernels}, has_avx512},
     {{"avx512_bf16", &kAvx512Bf16Kernels, &kAvx512Kernels}, has_avx512_bf16},
+    {{"amx", &kAmxKernels, &kAvx512Kernels}, has_amx},
+    {{"amx_emulated", &kAmxEmulatedKernels, &kScalarKernels}, [] { return true; }, true},
 };
 
 std::string joined(const std::vector<std::string>& names) {
@@ -72,7 +136,8 @@ std::string joined(const std::vector<std::string>& names) {
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (const Implementation& implementation : kImplementations) {
-    if (implementation.supported()) names.emplace_back(implementation.table.isa);
+    if (implementation.for_tests || !implementation.supported()) continue;
+    names.emplace_back(implementation.table.isa);
   }
   return names;
 }
@@ -85,7 +150,7 @@ const KernelTable& select_kernels(const std::string& isa) {
   for (const Implementation& implementation : kImplementations) {
     const bool supported = implementation.supported();
     if (name.empty()) {
-      if (supported) fastest = &implementation;
+      if (supported && !implementation.for_tests) fastest = &implementation;
     } else if (name == implementation.table.isa) {
       if (supported) return implementation.table;
       throw ConfigurationError(source + "this machine cannot run the instruction set '" + name +

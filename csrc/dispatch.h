@@ -1,5 +1,6 @@
 // Which kernels this machine runs: CPU features and the operating system's permission to use their
-// registers, or the one named in HYBRIDK2_ISA.
+// registers, or the one named in HYBRIDK2_ISA. AMX's permission is asked for here, once, and its
+// tiles are tried against their portable twin, "amx_emulated", which tests may ask for by name.
 #pragma once
 
 #include <string>

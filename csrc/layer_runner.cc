@@ -189,10 +189,10 @@ void LayerRunner::gather_inputs(Pass& pass) const {
   for (int64_t item, end; pass.gather_items.claim(&item, &end);) {
     for (; item < end; ++item) {
       const ExpertRun& run = pass.routing.runs[item];
-      for (int64_t begin = 0; begin < run.num_tokens; begin += kTokensPerTile) {
+      const int64_t tile_tokens = pass.kernels->tokens_per_tile;
+      for (int64_t begin = 0; begin < run.num_tokens; begin += tile_tokens) {
         const int64_t first_slot = run.first_slot + begin;
-        const int tokens =
-            static_cast<int>(std::min<int64_t>(kTokensPerTile, run.num_tokens - begin));
+        const int tokens = static_cast<int>(std::min(tile_tokens, run.num_tokens - begin));
         const void* rows[kTokensPerTile];
         for (int i = 0; i < tokens; ++i) rows[i] = pass.row(first_slot + i, shape_.hidden);
         pack_tile(rows, tokens, pass.call.precision, shape_.hidden, padded(shape_.hidden),
@@ -231,8 +231,9 @@ void LayerRunner::gate_and_up(Pass& pass, int worker) const {
         }
         if (padding == 0 || first + count < strips) continue;
         const int64_t elements = shape_.intermediate / pass.kernels->columns_per_element;
-        for (int64_t tile = 0; tile < tokens; tile += kTokensPerTile) {
-          const int64_t width = std::min<int64_t>(kTokensPerTile, tokens - tile);
+        const int64_t tile_tokens = pass.kernels->tokens_per_tile;
+        for (int64_t tile = 0; tile < tokens; tile += tile_tokens) {
+          const int64_t width = std::min(tile_tokens, tokens - tile);
           std::memset(outputs + tile * pass.middle_elements + elements * width, 0,
                       sizeof(uint32_t) * (pass.middle_elements - elements) * width);
         }

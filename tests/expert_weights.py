@@ -12,9 +12,16 @@ import torch
 from torch import Tensor
 
 from hybridk2.checkpoint import QuantizedLinear
-from hybridk2.experts.host import HostExperts
+from hybridk2.experts.host import HostExperts, available_isas
 
 EPS_FP32 = 2.0**-23
+
+# Run on any CPU when asked for by name, and are never chosen: portable twins of instructions.
+EMULATED_ISAS = ["amx_emulated"]
+
+
+def runnable_isas() -> list[str]:
+    return [*available_isas(), *EMULATED_ISAS]
 
 
 def random_matrix(rows: int, columns: int, generator: torch.Generator) -> QuantizedLinear:

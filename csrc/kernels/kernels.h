@@ -21,18 +21,20 @@
 //
 // Activations
 //
-//   The tokens of one expert, split into tiles of kTokensPerTile (the last may be narrower). An
-//   element is 32 bits: one column in fp32, or two neighbouring columns in bf16. A tile of m tokens
-//   holds element e of token i at [e * m + i]; tiles follow each other without gaps. A tile of one
-//   token is therefore just its row.
+//   The tokens of one expert, split into tiles of tokens_per_tile (the last may be narrower):
+//   kTokensPerTile, or 1 where AMX reads rows. An element is 32 bits: one column in fp32, or two
+//   neighbouring columns in bf16. A tile of m tokens holds element e of token i at [e * m + i];
+//   tiles follow each other without gaps. A tile of one token is therefore just its row.
 //
 // Arithmetic
 //
 //   y[r] = sum over groups of scale[r][group] * (sum over the group of value[r][c] * x[c])
 //
 //   Values are exact (bf16 holds -8..7), the inner sum and the outer one are fp32, each in
-//   ascending order in one accumulator. The order is the same for every number of tokens, so a
-//   token's result does not depend, bit for bit, on what else is in the call.
+//   ascending order in one accumulator; but AMX's inner sum adds a group's even columns and its odd
+//   columns apart, then both. Within one instruction set the order is the same for every number of
+//   tokens, with and without AMX tiles, so a token's result does not depend, bit for bit, on what
+//   else is in the call.
 #pragma once
 
 #include <cstdint>
@@ -82,6 +84,7 @@ struct ActivationKernels {
   int columns_per_element;  // 2: bf16 pairs. 1: fp32
   void (*matmul)(const MatmulTask& task);
   void (*swiglu)(const SwigluTask& task);
+  int tokens_per_tile = kTokensPerTile;
 };
 
 // Each is defined in the file of its instruction set and is that file's only external symbol.
@@ -89,6 +92,8 @@ struct ActivationKernels {
 extern const ActivationKernels kScalarKernels;
 extern const ActivationKernels kAvx2Kernels;
 extern const ActivationKernels kAvx512Kernels;
-extern const ActivationKernels kAvx512Bf16Kernels;  // bf16 pairs only
+extern const ActivationKernels kAvx512Bf16Kernels;   // bf16 pairs only
+extern const ActivationKernels kAmxKernels;          // bf16 pairs only
+extern const ActivationKernels kAmxEmulatedKernels;  // amx's bits on any CPU, slowly
 
 }  // namespace hybridk2

@@ -1,5 +1,5 @@
 // silu(gate) * up of one strip, written as activations for the next matrix product. Included inside
-// an anonymous namespace after matmul.inl.h; also needs kColumnsPerElement.
+// an anonymous namespace after matmul.inl.h or amx.inl.h; also needs kColumnsPerElement.
 
 using Bits = int32_t __attribute__((vector_size(sizeof(Sum))));
 
@@ -43,12 +43,13 @@ Sum round_to_bf16(Sum x) {
   return (Sum)((x == x ? nearest : quiet) & (int32_t)0xffff0000);
 }
 
+template <int64_t kTokensPerOutputTile = kTokensPerTile>
 void swiglu(const SwigluTask& task) {
   const int64_t row_elements = task.num_columns / kColumnsPerElement;
   uint32_t* out = static_cast<uint32_t*>(task.activations);
-  for (int64_t begin = 0; begin < task.num_tokens; begin += kTokensPerTile) {
+  for (int64_t begin = 0; begin < task.num_tokens; begin += kTokensPerOutputTile) {
     const int64_t left = task.num_tokens - begin;
-    const int64_t tokens = left < kTokensPerTile ? left : kTokensPerTile;
+    const int64_t tokens = left < kTokensPerOutputTile ? left : kTokensPerOutputTile;
     uint32_t* tile = out + begin * row_elements + task.first_column / kColumnsPerElement * tokens;
     for (int64_t i = 0; i < tokens; ++i) {
       const float* sums = task.sums + (begin + i) * kStripRows;

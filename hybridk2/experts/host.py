@@ -76,8 +76,9 @@ class HostExperts:
         """Reserve the memory and start the threads.
 
         num_layers: MoE layers only; slot 0 is the first of them. hidden, intermediate: multiples of
-        32. isa: one of `available_isas()`; None for the one that the environment variable
-        HYBRIDK2_ISA names, else the fastest. threads: None for one per physical core.
+        32. isa: one of `available_isas()`, or "amx_emulated", the slow portable twin of AMX, for
+        tests; None for the one that the environment variable HYBRIDK2_ISA names, else the fastest.
+        threads: None for one per physical core.
 
         Raises ConfigError for an instruction set or a shape that cannot be run, OutOfMemoryError
         with the bytes that were asked for.
@@ -171,8 +172,11 @@ class HostExperts:
     def wait(self, ticket: Ticket) -> Tensor:
         """The layer's result: (tokens, hidden) float32, sum over k of weight_k * expert_k(x).
 
-        Bit for bit the same for a token whatever the threads, the schedule and the other tokens of
-        the call. Raises EngineError or OutOfMemoryError when the work failed.
+        On one instruction set bit for bit the same for a token whatever the threads, the schedule
+        and the other tokens of the call; AMX's tiles are no exception, as its kernels add in the
+        tiles' order for every number of tokens.
+
+        Raises EngineError or OutOfMemoryError when the work failed.
         """
         with _engine_errors():
             return ticket.result()

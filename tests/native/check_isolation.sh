@@ -25,7 +25,7 @@ for object in "$build"/CMakeFiles/kernels_*.dir/csrc/kernels/*.o; do
 done
 
 disassemble() { objdump --disassemble --no-show-raw-insn "$@"; }
-for object in "$build"/CMakeFiles/{engine.dir/csrc,kernels_scalar.dir/csrc/kernels}/*.o; do
+for object in "$build"/CMakeFiles/{engine.dir/csrc,kernels_{scalar,amx_emulated}.dir/csrc/kernels}/*.o; do
   if disassemble "$object" | grep -E '%[yz]mm|%k[0-7]|\sv[a-z0-9]+ .*%xmm' | head -n 3 | grep .; then
     fail "$object uses AVX"
   fi
@@ -37,7 +37,7 @@ fi
 
 if command -v qemu-x86_64 >/dev/null; then
   for cpu in Haswell Westmere; do
-    expected=$([[ $cpu == Haswell ]] && echo "scalar avx2 ok" || echo "scalar ok")
+    expected=$([[ $cpu == Haswell ]] && echo "scalar avx2 amx_emulated ok" || echo "scalar amx_emulated ok")
     found=$(qemu-x86_64 -cpu $cpu "$build/test_experts" 2>/dev/null) || true
     echo "$cpu: $found"
     [[ $found == "$expected" ]] || fail "on $cpu: expected '$expected'"

@@ -182,7 +182,9 @@ void test_refusals() {
 }  // namespace
 
 int main() {
-  for (const std::string& isa : available_isas()) {
+  std::vector<std::string> isas = available_isas();
+  isas.emplace_back("amx_emulated");
+  for (const std::string& isa : isas) {
     for (const auto& [hidden, intermediate] : {std::pair{64, 32}, {96, 160}, {128, 64}}) {
       test_isa(isa, hidden, intermediate);
     }
