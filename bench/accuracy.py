@@ -63,9 +63,10 @@ def main() -> None:
     experts = [random_expert(generator) for _ in range(arguments.experts)]
     tokens = max(arguments.tokens)
     inputs = [
-        make_inputs("gaussian", gaussian(tokens, generator), experts, generator),
-        make_inputs("outlier-heavy", outlier_heavy(tokens, generator), experts, generator),
+        route("gaussian", gaussian(tokens, generator), arguments.experts, generator),
+        route("outlier-heavy", outlier_heavy(tokens, generator), arguments.experts, generator),
     ]
+    compute_references(inputs, experts)
     print(
         "engine      path                          activations  inputs         tokens  "
         "fp32 sums  as bfloat16"
@@ -148,20 +149,28 @@ def outlier_heavy(tokens: int, generator: torch.Generator) -> Tensor:
     return x / x.square().mean(dim=1, keepdim=True).sqrt()
 
 
-def make_inputs(kind: str, x: Tensor, experts: list[Expert], generator: torch.Generator) -> Inputs:
+def route(kind: str, x: Tensor, experts: int, generator: torch.Generator) -> Inputs:
     tokens = len(x)
-    x = x.bfloat16()
-    expert_ids = torch.rand(tokens, len(experts), generator=generator).topk(TOP_K).indices.int()
     weights = torch.rand(tokens, TOP_K, generator=generator) + 0.1
-    weights /= weights.sum(dim=1, keepdim=True)
-    reference = torch.zeros(tokens, HIDDEN, dtype=torch.float64)
-    for number, (gate, up, down) in enumerate(experts):
-        token, slot = (expert_ids == number).nonzero(as_tuple=True)
-        rows = x[token].double()
-        inner = torch.nn.functional.silu(rows @ exact(gate).T) * (rows @ exact(up).T)
-        out = (inner @ exact(down).T) * weights[token, slot, None].double()
-        reference.index_add_(0, token, out)
-    return Inputs(kind, x, expert_ids, weights, reference)
+    return Inputs(
+        kind,
+        x.bfloat16(),
+        torch.rand(tokens, experts, generator=generator).topk(TOP_K).indices.int(),
+        weights / weights.sum(dim=1, keepdim=True),
+        torch.zeros(tokens, HIDDEN, dtype=torch.float64),
+    )
+
+
+def compute_references(inputs: list[Inputs], experts: list[Expert]) -> None:
+    """Fill in the exact results; each expert is dequantised once."""
+    for number, expert in enumerate(experts):
+        gate, up, down = (exact(matrix) for matrix in expert)
+        for one in inputs:
+            token, slot = (one.expert_ids == number).nonzero(as_tuple=True)
+            rows = one.x[token].double()
+            inner = torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T)
+            out = (inner @ down.T) * one.weights[token, slot, None].double()
+            one.reference.index_add_(0, token, out)
 
 
 def exact(matrix: QuantizedLinear) -> Tensor:
