@@ -22,7 +22,7 @@ help:
 	@echo "make clean     remove build outputs; the virtual environment too: make clean-all"
 
 demo: $(VENV)/.built
-	@$(BIN)/hybridk2 chat --show-thinking "which one is bigger, 9.11 or 9.9? think carefully." </dev/null
+	@$(BIN)/hybridk2 chat --show-thinking --temperature 0 "which one is bigger, 9.11 or 9.9? think carefully." </dev/null
 
 chat: $(VENV)/.built
 	@$(BIN)/hybridk2 chat
