@@ -13,7 +13,6 @@ from typing import Any
 
 from hybridk2.nano import comparison, talk, tools, words
 from hybridk2.nano.comparison import Check, Comparison
-from hybridk2.nano.phrasing import alternatives
 from hybridk2.nano.tool_kinds import KINDS, Kind
 from hybridk2.nano.tools import Call, Tool
 from hybridk2.nano.words import Draw
@@ -124,7 +123,7 @@ def _summary(value: Any) -> str:
 
 
 def _draw_result(draw: Draw, tool: Tool) -> Any:
-    keys = tool.kind.returns.split()
+    keys = list(tool.kind.returns)
     draw.rng.shuffle(keys)
     keys = keys[: draw.between(1, min(4, len(keys)))]
     while draw.chance(0.22) and len(keys) < 9:
@@ -244,9 +243,8 @@ _ANSWERED_OTHERWISE = ("translation", "result", "joke", "items", "number", "cont
 
 @lru_cache(maxsize=512)
 def _vocabulary_of(kind: Kind) -> frozenset[str]:
-    text = " ".join(
-        (*kind.questions, *kind.bare, kind.about, *alternatives(kind.nouns.replace("_", " ")))
-    )
+    nouns = (noun.replace("_", " ") for noun in kind.nouns)
+    text = " ".join((*kind.questions, *kind.bare, *kind.about, *nouns))
     return frozenset(_WORD.findall(re.sub(r"\{\w+\}", " ", text).lower()))
 
 
@@ -272,7 +270,7 @@ def _add_beyond(draw: Draw, state: _State) -> None:
     for _ in range(20):
         if draw.chance(0.25):
             kind = draw.choice(KINDS)
-            if any(word in kind.returns.split() for word in _ANSWERED_OTHERWISE):
+            if any(word in kind.returns for word in _ANSWERED_OTHERWISE):
                 continue
             question, intent = tools.request(draw, tools.declare(draw, kind)).question, talk.NO_TOOL
             if any(tool.kind is kind for tool in state.declared):

@@ -142,8 +142,8 @@ def _styled(draw: Draw, parts: list[str]) -> str:
 
 def _tool_name(draw: Draw, kind: Kind) -> str:
     def make() -> str:
-        verb = draw.choice(alternatives(kind.verbs))
-        nouns = draw.choice(alternatives(kind.nouns)).split("_")
+        verb = draw.choice(kind.verbs)
+        nouns = draw.choice(kind.nouns).split("_")
         style = draw.random()
         if style < 0.15:  # a name that says nothing; the description must do
             parts = [words.pseudo_word(draw) for _ in range(draw.between(1, 3))]
@@ -167,11 +167,11 @@ def _tool_name(draw: Draw, kind: Kind) -> str:
 def _schema(draw: Draw, parameter: Parameter, described: bool) -> dict[str, Any]:
     schema: dict[str, Any] = {"type": parameter.type}
     if described:
-        schema["description"] = draw.choice(alternatives(parameter.about))
+        schema["description"] = draw.choice(parameter.about)
     if parameter.enum:
         schema["enum"] = list(parameter.enum)
     if draw.chance(0.04):
-        schema["title"] = draw.choice(alternatives(parameter.names)).title()
+        schema["title"] = draw.choice(parameter.names).title()
     return schema
 
 
@@ -185,7 +185,7 @@ def declare(draw: Draw, kind: Kind, taken: set[str] | None = None) -> Tool:
     ]
     names: dict[str, str] = {}
     for parameter in parameters:
-        choices = [n for n in alternatives(parameter.names) if n not in names.values()]
+        choices = [n for n in parameter.names if n not in names.values()]
         chosen = choices[0] if draw.chance(0.35) else draw.choice(choices)
         if draw.chance(0.06):
             head, *rest = chosen.split("_")
@@ -203,7 +203,7 @@ def declare(draw: Draw, kind: Kind, taken: set[str] | None = None) -> Tool:
         schema["additionalProperties"] = False
     function: dict[str, Any] = {"name": name}
     if draw.chance(0.9):
-        function["description"] = draw.phrasing(alternatives(kind.about))
+        function["description"] = draw.phrasing(kind.about)
         if draw.chance(0.12):
             function["description"] += " " + draw.choice(_ABOUT_TAILS)
         elif draw.chance(0.06):
@@ -226,18 +226,20 @@ def _generic_value(draw: Draw) -> Value:
 
 
 def _generic_parameter(draw: Draw, slot: str, role: str) -> Parameter:
-    about = f"The {role}|{role.capitalize()}|Name of the {role}|Which {role}|{role} to use"
+    abouts = "The {0}", "{1}", "Name of the {0}", "Which {0}", "{0} to use"
+    about = tuple(text.format(role, role.capitalize()) for text in abouts)
+    names = (role,)
     sort = draw.random()
     if sort < 0.12:
-        return Parameter(slot, role, about, lambda d: d.between(1, 9999), "integer")
+        return Parameter(slot, names, about, lambda d: d.between(1, 9999), "integer")
     if sort < 0.17:
         return Parameter(
-            slot, role, about, lambda d: d.between(1, 999) + d.between(1, 9) / 10, "number"
+            slot, names, about, lambda d: d.between(1, 999) + d.between(1, 9) / 10, "number"
         )
     if sort < 0.32:
         options = tuple(dict.fromkeys(words.noun(draw) for _ in range(draw.between(2, 4))))
-        return Parameter(slot, role, about, lambda d: d.choice(options), enum=options)
-    return Parameter(slot, role, about, _generic_value)
+        return Parameter(slot, names, about, lambda d: d.choice(options), enum=options)
+    return Parameter(slot, names, about, _generic_value)
 
 
 def _generic_phrasing(draw: Draw, num_roles: int) -> str:
@@ -267,8 +269,9 @@ def generic_kind(draw: Draw) -> Kind:
     about = fill(draw.phrasing(_GENERIC_ABOUT), slots)
     question = fill(_generic_phrasing(draw, len(roles)), slots)
     question = question[0].upper() + question[1:] if question[0] != "{" else question
-    returns = f"{topic} {words.noun(draw)} result value"
-    return Kind(verb, topic, about[0].upper() + about[1:], parameters, (question,), returns)
+    about = about[0].upper() + about[1:]
+    returns = (topic, words.noun(draw), "result", "value")
+    return Kind((verb,), (topic,), (about,), returns, (question,), parameters)
 
 
 def any_kind(draw: Draw) -> Kind:
