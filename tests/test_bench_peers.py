@@ -196,9 +196,18 @@ def test_a_race_keeps_to_the_fastest_path_and_gives_the_ratio(fake: Peer) -> Non
     race.round(routings)
     race.round(routings)
     (row,) = race.rows(our_median_ms=0.5)
-    assert (row.path, row.median_ms, row.times_ours) == ("fast", pytest.approx(1), pytest.approx(2))
+    assert (row.path, row.calls) == ("fast", 6)
+    assert (row.median_ms, row.times_ours) == (pytest.approx(1), pytest.approx(2))
     assert row.path_medians_ms == {"slow": pytest.approx(2), "fast": pytest.approx(1)}
     json.dumps(vars(row))
+
+
+def test_a_race_of_one_call_has_no_spread(fake: Peer) -> None:
+    x, routings, weights = inputs(calls=1)
+    race = Race(Peers(running=[fake]), x, weights)
+    race.round(routings)
+    (row,) = race.rows(our_median_ms=1.0)
+    assert (row.calls, row.spread) == (1, 0.0)
 
 
 def test_a_peer_that_fails_in_a_race_is_out_with_its_reason(fake: Peer) -> None:

@@ -22,8 +22,9 @@ class PeerRow:
     peer: str
     tokens: int
     path: str
+    calls: int
     median_ms: float
-    spread: float  # interquartile range over median
+    spread: float  # interquartile range over median; 0 of a single call
     times_ours: float  # its median over ours: above 1, ours is faster
     path_medians_ms: dict[str, float]
 
@@ -78,7 +79,11 @@ def running_peers(
 
 
 class Race:
-    """One number of tokens. The first round tries every path of a peer, later ones its fastest."""
+    """One number of tokens. The first round tries every path of a peer, later ones its fastest.
+
+    The fastest is the one of the least median so far: a path that was unlucky at first comes back
+    when the others turn out slower.
+    """
 
     def __init__(self, peers: Peers, x: Tensor, weights: Tensor) -> None:
         """x: (tokens, hidden) bfloat16; weights: (tokens, k) float32."""
@@ -103,17 +108,19 @@ class Race:
         for peer in self._peers.running:
             known = self._milliseconds[peer.name]
             path = _fastest(known)
-            median = statistics.median(known[path])
-            quartiles = statistics.quantiles(known[path], n=4)
+            times = known[path]
+            median = statistics.median(times)
+            quartiles = statistics.quantiles(times, n=4) if len(times) > 1 else [median] * 3
             rows.append(
                 PeerRow(
                     peer.name,
                     len(self._x),
                     path,
+                    len(times),
                     median,
                     (quartiles[2] - quartiles[0]) / median,
                     median / our_median_ms,
-                    {one: statistics.median(times) for one, times in known.items()},
+                    {one: statistics.median(samples) for one, samples in known.items()},
                 )
             )
         return rows
