@@ -62,6 +62,10 @@ Ticket submit(Experts& experts, int64_t layer, int64_t num_tokens, int64_t top_k
                          at<const float>(weights), at<float>(out)});
 }
 
+double arithmetic_roof(Experts& experts, bool bf16) {
+  return experts.arithmetic_roof(bf16 ? Precision::kBf16 : Precision::kFp32);
+}
+
 PYBIND11_MODULE(_native, module) {
   module.doc() = "Routed INT4 experts in host memory. Used by hybridk2.experts.host only.";
   py::register_exception<ConfigurationError>(module, "ConfigurationError", PyExc_ValueError);
@@ -83,7 +87,8 @@ PYBIND11_MODULE(_native, module) {
       .def("load", &load, Release())
       .def("dequantise", &dequantise, Release())
       .def("submit", &submit, Release())
-      .def("read_weights_seconds", &Experts::read_weights_seconds, Release());
+      .def("read_weights_seconds", &Experts::read_weights_seconds, Release())
+      .def("arithmetic_roof", &arithmetic_roof, Release());
   py::list loops;
   for (int loop = 0; loop < kNumReadLoops; ++loop) loops.append(read_loop_name(loop));
   module.attr("READ_LOOPS") = py::tuple(loops);

@@ -180,4 +180,32 @@ double Experts::read_weights_seconds(int loop) {
   return seconds;
 }
 
+double Experts::arithmetic_roof(Precision precision) {
+  const ActivationKernels& kernels =
+      precision == Precision::kBf16 ? *kernels_.bf16 : *kernels_.fp32;
+  if (kernels.arithmetic_roof == nullptr) return 0;
+  double flop_per_second = 0;
+  const Ticket ticket = queue_.submit([&] {
+    // Small shares, claimed: a thread that is interrupted does not hold up all.
+    constexpr int64_t kShares = 512;
+    constexpr int64_t kRoundsPerShare = 2000;
+    std::atomic<int64_t> next{0};
+    std::atomic<int64_t> flop{0};
+    const auto multiply = [&](int, int) {
+      alignas(kLineBytes) const uint8_t line[kLineBytes] = {};
+      alignas(kLineBytes) float sums[kArithmeticSums] = {};
+      const uint32_t element = 0x3f803f80;  // ones, in fp32 (nearly) and in bf16
+      while (next.fetch_add(1) < kShares) {
+        flop.fetch_add(kernels.arithmetic_roof({line, &element, sums, kRoundsPerShare}));
+      }
+    };
+    const auto begin = std::chrono::steady_clock::now();
+    pool_.run(1, multiply, false);
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+    flop_per_second = static_cast<double>(flop.load()) / seconds.count();
+  });
+  ticket->wait();
+  return flop_per_second;
+}
+
 }  // namespace hybridk2

@@ -53,6 +53,11 @@ class Experts {
   // seconds it took: what a decode step could reach at best.
   double read_weights_seconds(int loop);
 
+  // FLOP/s of all threads that do nothing but multiply, with the very instruction of the kernels
+  // for this precision: what a large call could reach at best. 0 when those kernels have no such
+  // loop.
+  double arithmetic_roof(Precision precision);
+
  private:
   void check_location(int64_t layer, int64_t expert) const;
   void check_call(const LayerCall& call) const;

@@ -14,7 +14,7 @@ import torch
 
 from hybridk2.checkpoint import QuantizedLinear
 from hybridk2.errors import ConfigError, EngineError, OutOfMemoryError
-from hybridk2.experts.host import HostExperts
+from hybridk2.experts.host import HostExperts, available_isas
 
 from .expert_weights import (
     RandomLayer,
@@ -49,7 +49,7 @@ def test_a_token_does_not_depend_on_the_others_of_its_call(
     ids, weights = random_routing(600, EXPERTS, TOP_K)
     with loaded(layer, isa=isa, threads=2) as experts:
         together = compute(experts, x, ids, weights)
-        for width in (1, 2, 5, 12, 13, 100, 300):
+        for width in (1, 2, 3, 5, 7, 8, 9, 12, 13, 100, 300):
             for begin in range(0, 600, 150):
                 rows = slice(begin, begin + width)
                 alone = compute(
@@ -319,6 +319,18 @@ def test_an_idle_engine_uses_no_cpu(layer: RandomLayer) -> None:
         before = time.process_time()
         time.sleep(0.5)
         assert time.process_time() - before < 0.005
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16"])
+def test_the_arithmetic_roof_is_a_speed_of_registers(layer: RandomLayer, isa: str) -> None:
+    if isa not in available_isas():
+        pytest.skip(f"this machine cannot run {isa}")
+    with loaded(layer, isa=isa, threads=2) as experts:
+        for dtype in (torch.bfloat16, torch.float32):
+            rate = experts.arithmetic_roof(dtype)
+            # Faster than 100 TFLOP/s would be a loop that the compiler took away.
+            assert rate is not None
+            assert 1e8 < rate < 1e14
 
 
 def test_the_choices_are_logged_at_start(caplog: pytest.LogCaptureFixture) -> None:

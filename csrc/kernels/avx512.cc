@@ -47,11 +47,13 @@ Sum load_scale(const uint8_t* p) {
 
 Sum scale_add(Sum sum, Sum scale, Sum total) { return _mm512_fmadd_ps(sum, scale, total); }
 
+#include "arithmetic_roof.inl.h"
 #include "matmul.inl.h"
 #include "swiglu.inl.h"
 
 }  // namespace
 
-const ActivationKernels kAvx512Kernels = {kColumnsPerElement, matmul, swiglu};
+const ActivationKernels kAvx512Kernels = {kColumnsPerElement, matmul, swiglu, kTokensPerTile,
+                                          arithmetic_roof};
 
 }  // namespace hybridk2

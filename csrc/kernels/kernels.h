@@ -79,12 +79,22 @@ struct SwigluTask {
   void* activations;     // out: tiles of num_tokens tokens
 };
 
+// A loop of nothing but the kernels' multiplication, to measure what it reaches at best.
+struct ArithmeticTask {
+  const uint8_t* line;      // kLineBytes of nibbles, 64-byte aligned
+  const uint32_t* element;  // of activations
+  float* sums;              // in and out: kArithmeticSums, all numbers
+  int64_t rounds;
+};
+constexpr int kArithmeticSums = 256;
+
 // The kernels for one precision of activations.
 struct ActivationKernels {
   int columns_per_element;  // 2: bf16 pairs. 1: fp32
   void (*matmul)(const MatmulTask& task);
   void (*swiglu)(const SwigluTask& task);
   int tokens_per_tile = kTokensPerTile;
+  int64_t (*arithmetic_roof)(const ArithmeticTask& task) = nullptr;  // returns FLOP; null: none
 };
 
 // Each is defined in the file of its instruction set and is that file's only external symbol.

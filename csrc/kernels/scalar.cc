@@ -59,11 +59,13 @@ Sum load_scale(const uint8_t* p) {
 
 Sum scale_add(Sum sum, Sum scale, Sum total) { return sum * scale + total; }
 
+#include "arithmetic_roof.inl.h"
 #include "matmul.inl.h"
 #include "swiglu.inl.h"
 
 }  // namespace
 
-const ActivationKernels kScalarKernels = {kColumnsPerElement, matmul, swiglu};
+const ActivationKernels kScalarKernels = {kColumnsPerElement, matmul, swiglu, kTokensPerTile,
+                                          arithmetic_roof};
 
 }  // namespace hybridk2

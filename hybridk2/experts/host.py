@@ -188,6 +188,14 @@ class HostExperts:
         """
         return self._open().read_weights_seconds(loop)
 
+    def arithmetic_roof(self, dtype: torch.dtype) -> float | None:
+        """FLOP/s of every thread multiplying in registers: the roof of calls with many tokens.
+
+        The multiplications are those of the kernels for activations of dtype (bfloat16 or
+        float32). None where these kernels have no such loop.
+        """
+        return self._open().arithmetic_roof(dtype == torch.bfloat16) or None
+
     def close(self) -> None:
         """Finish what was submitted, end the threads, free the weights. More calls do nothing."""
         self._native = None
