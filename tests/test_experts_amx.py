@@ -20,8 +20,8 @@ from .expert_weights import (
 )
 
 WITH_TILES = ["amx", "amx_emulated"]
-# Tiles begin at 3 tokens and hold 16; a thread multiplies 192 at once.
-TOKENS = [1, 2, 3, 4, 15, 16, 17, 18, 19, 31, 32, 33, 48, 191, 192, 193, 194, 195, 210]
+# Tiles begin at 4 tokens and hold 16; a thread multiplies 192 at once.
+TOKENS = [1, 2, 3, 4, 5, 15, 16, 17, 18, 19, 31, 32, 33, 48, 191, 192, 193, 194, 195, 210]
 SMALLEST_NORMAL = 2.0**-126
 
 
@@ -58,7 +58,7 @@ def test_the_twin_is_never_chosen_only_named() -> None:
 
 
 def test_every_number_of_tokens_gives_each_token_the_same_bits(isa: str) -> None:
-    """One and two tokens never meet a tile; 15 and 17 meet one that is not full."""
+    """Up to three tokens never meet a tile; 15 and 17 meet one that is not full."""
     layer = RandomLayer(num_experts=1, hidden=224, intermediate=96)
     with loaded(layer, isa) as experts:
         x = random_activations(max(TOKENS), 224, torch.bfloat16)
@@ -102,7 +102,7 @@ def documented_sums(matrix: QuantizedLinear, x: np.ndarray) -> np.ndarray:
     return total
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 16, 21])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 16, 21])
 def test_sums_have_the_bits_that_intel_documents(isa: str, tokens: int) -> None:
     """Down of a known SwiGLU result: what an expert with the identity for down returned."""
     size = 96
@@ -140,7 +140,7 @@ def test_activations_with_outliers_keep_the_tolerance(isa: str) -> None:
         (1.5 * SMALLEST_NORMAL, -0.5 * SMALLEST_NORMAL, True),
     ],
 )
-@pytest.mark.parametrize("tokens", [1, 2, 20])
+@pytest.mark.parametrize("tokens", [1, 3, 20])
 def test_denormal_inputs_and_sums_are_zero_for_few_tokens_as_for_many(
     isa: str, tokens: int, first: float, second: float, survives: bool
 ) -> None:

@@ -3,11 +3,14 @@
 //
 //   Tiles, kTileRows, kTileRowBytes   the eight tile registers, real (amx.cc) or their portable
 //                            twin (emulated_tiles.inl.h)
-//   Sum, Weight, Element, Line, kRowsPerVector, and load_line, decode<step>, zero, load, store,
-//                            load_scale, scale_add: as in matmul.inl.h
+//   Sum, Weight, Line, kRowsPerVector, and load_line, decode<step>, zero, load, store, load_scale,
+//                            scale_add: as in matmul.inl.h
 //   store_weight             16-bit pairs as they stand
-//   broadcast_even, broadcast_odd   one column of an element to all rows, zero in the other's place
-//   multiply_add             vdpbf16ps
+//   Elements, load_elements  one token's columns of a line: four elements
+//   even_weights<half>, odd_weights<half>, even_columns<half>, odd_columns<half>
+//                            from a Line or from Elements, for all rows: column 4 half + p in the
+//                            high half of a lane and 4 half + p + 2 in its low half; even: p = 0
+//   multiply_add             vdpbf16ps, which adds the product of the high halves first
 //   add_flushed              a + b; a result that is denormal or zero becomes +0
 //
 // One tile of weights is one group of one panel: 16 column pairs x 16 rows, which is what four
@@ -22,8 +25,8 @@
 //   group sum = even + odd
 //
 // each step one fused multiplication and addition, rounded to nearest even, denormals taken for
-// zero and flushed to zero. Two or fewer tokens get it from vdpbf16ps, which rounds and flushes
-// alike, with one accumulator for even and one for odd columns.
+// zero and flushed to zero. Three or fewer tokens get it from vdpbf16ps, which rounds and flushes
+// alike, on pairs of two even or of two odd columns.
 
 constexpr int kColumnsPerElement = 2;
 constexpr int kTokensPerRowTile = 1;  // activations: one token's row after the other's
@@ -35,11 +38,10 @@ constexpr int kElementsPerLine = kLineColumns / kColumnsPerElement;
 static_assert(kElementsPerGroup == kTileRows && kPanelRows * 4 == kTileRowBytes);
 
 // From this many tokens on, tiles. An estimate from Intel's figures, not yet measured: for a strip
-// and a group, vdpbf16ps takes about 24 + 64 cycles per token (shifts and 64 instructions on one
-// port, half of each wasted on a zero), tiles about 130 whatever the tokens up to 16 (unpacking 64,
-// stores and loads of tiles 40, two products of 16). Neither matters at 1 or 2 tokens, where memory
-// is slower. It changes no result.
-constexpr int64_t kFewestTileTokens = 3;
+// and a group, vector code takes about 32 + 32 cycles per token (shifts and vdpbf16ps on one port),
+// tiles about 130 for any tokens up to 16 (unpacking 64, loads and stores of tiles 40, two products
+// of 16 in part behind them). It changes no result.
+constexpr int64_t kFewestTileTokens = 4;
 
 // How far ahead of its use a weight line is asked into L2; as in matmul.inl.h.
 constexpr int kPrefetchBytes = 4 * kStripBlockBytes;
@@ -68,20 +70,22 @@ struct FewTokens {
     }
   }
 
-  // Element `Step` of a line. x: that line's elements of the first token.
-  template <int Step>
-  void step(const Line (&line)[kVectorsPerStrip], const uint32_t* x, int64_t row_elements) {
-    Weight weight[kVectorsPerStrip];
+  // Half of a line's columns: two even and two odd ones.
+  template <int Half>
+  void add(const Line (&line)[kVectorsPerStrip], const Elements (&x)[M]) {
+    Weight weight_even[kVectorsPerStrip], weight_odd[kVectorsPerStrip];
 #pragma GCC unroll 16
-    for (int v = 0; v < kVectorsPerStrip; ++v) weight[v] = decode<Step>(line[v]);
+    for (int v = 0; v < kVectorsPerStrip; ++v) {
+      weight_even[v] = even_weights<Half>(line[v]);
+      weight_odd[v] = odd_weights<Half>(line[v]);
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
-      const Element x_even = broadcast_even(x + i * row_elements + Step);
-      const Element x_odd = broadcast_odd(x + i * row_elements + Step);
+      const auto x_even = even_columns<Half>(x[i]), x_odd = odd_columns<Half>(x[i]);
 #pragma GCC unroll 16
       for (int v = 0; v < kVectorsPerStrip; ++v) {
-        even[i][v] = multiply_add(weight[v], x_even, even[i][v]);
-        odd[i][v] = multiply_add(weight[v], x_odd, odd[i][v]);
+        even[i][v] = multiply_add(weight_even[v], x_even, even[i][v]);
+        odd[i][v] = multiply_add(weight_odd[v], x_odd, odd[i][v]);
       }
     }
   }
@@ -113,10 +117,11 @@ void multiply_few(const uint8_t* strip, int64_t num_blocks, const uint32_t* x, f
           line[v] =
               load_line(strip_block + nibble_offset(v) + (group * kLinesPerGroup + q) * kLineBytes);
         }
-        acc.template step<0>(line, x, row_elements);
-        acc.template step<1>(line, x, row_elements);
-        acc.template step<2>(line, x, row_elements);
-        acc.template step<3>(line, x, row_elements);
+        Elements elements[M];
+#pragma GCC unroll 16
+        for (int i = 0; i < M; ++i) elements[i] = load_elements(x + i * row_elements);
+        acc.template add<0>(line, elements);
+        acc.template add<1>(line, elements);
         x += kElementsPerLine;
       }
 #pragma GCC unroll 16
@@ -271,11 +276,13 @@ void multiply_tiles(const MatmulTask& task) {
 
 void matmul(const MatmulTask& task) {
   if (task.num_tokens >= kFewestTileTokens) return multiply_tiles(task);
-  const auto multiply = task.num_tokens == 1 ? multiply_few<1> : multiply_few<2>;
-  static_assert(kFewestTileTokens == 3);
+  constexpr decltype(&multiply_few<1>) kMultiplyFew[] = {multiply_few<1>, multiply_few<2>,
+                                                         multiply_few<3>};
+  static_assert(kFewestTileTokens == 4);
   for (int64_t s = 0; s < task.num_strips; ++s) {
-    multiply(task.strips + s * task.num_blocks * kStripBlockBytes, task.num_blocks,
-             static_cast<const uint32_t*>(task.activations),
-             task.sums + s * task.num_tokens * kStripRows);
+    kMultiplyFew[task.num_tokens - 1](task.strips + s * task.num_blocks * kStripBlockBytes,
+                                      task.num_blocks,
+                                      static_cast<const uint32_t*>(task.activations),
+                                      task.sums + s * task.num_tokens * kStripRows);
   }
 }

@@ -15,7 +15,7 @@ constexpr int kRowsPerVector = 4;
 using Sum = float __attribute__((vector_size(16)));
 using Weight = uint32_t __attribute__((vector_size(16)));  // 8 x bf16
 using Line = Weight;
-using Element = uint32_t;
+using Elements = uint32_t __attribute__((vector_size(16)));  // four elements of one token
 
 Sum zero() { return Sum{}; }
 
@@ -35,26 +35,55 @@ Line load_line(const uint8_t* p) {
 
 void store_weight(uint8_t* p, Weight weight) { __builtin_memcpy(p, &weight, sizeof(weight)); }
 
-template <int Step>
-Weight decode(Line line) {
-  constexpr uint32_t kValues[16] = {0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
-                                    0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
+constexpr uint32_t kValues[16] = {0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
+                                  0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
+
+// The value whose nibble begins at bit `High` of each lane above the one whose begins at `Low`.
+template <int Low, int High>
+Weight decode_pair(Line line) {
   Weight weight;
   for (int r = 0; r < kRowsPerVector; ++r) {
-    weight[r] = kValues[line[r] >> 4 * Step & 15] | kValues[line[r] >> (16 + 4 * Step) & 15] << 16;
+    weight[r] = kValues[line[r] >> Low & 15] | kValues[line[r] >> High & 15] << 16;
   }
   return weight;
 }
 
-Element broadcast_even(const uint32_t* x) { return *x & 0x0000ffffu; }
-Element broadcast_odd(const uint32_t* x) { return *x & 0xffff0000u; }
+template <int Step>
+Weight decode(Line line) {
+  return decode_pair<4 * Step, 16 + 4 * Step>(line);
+}
 
-// vdpbf16ps: the odd column's product is added first.
-Sum multiply_add(Weight weight, Element element, Sum sum) {
-  const float x_even = widen_flushed(element & 0xffff), x_odd = widen_flushed(element >> 16);
+template <int Half>
+Weight even_weights(Line line) {
+  return decode_pair<8 * Half + 4, 8 * Half>(line);
+}
+
+template <int Half>
+Weight odd_weights(Line line) {
+  return decode_pair<16 + 8 * Half + 4, 16 + 8 * Half>(line);
+}
+
+Elements load_elements(const uint32_t* x) {
+  Elements elements;
+  __builtin_memcpy(&elements, x, sizeof(elements));
+  return elements;
+}
+
+template <int Half>
+uint32_t even_columns(Elements x) {
+  return x[2 * Half] << 16 | (x[2 * Half + 1] & 0xffffu);
+}
+
+template <int Half>
+uint32_t odd_columns(Elements x) {
+  return (x[2 * Half] & 0xffff0000u) | x[2 * Half + 1] >> 16;
+}
+
+Sum multiply_add(Weight weight, uint32_t columns, Sum sum) {
+  const float x_low = widen_flushed(columns & 0xffff), x_high = widen_flushed(columns >> 16);
   for (int r = 0; r < kRowsPerVector; ++r) {
-    const float odd = fused_multiply_add(x_odd, widen_flushed(weight[r] >> 16), flush(sum[r]));
-    sum[r] = fused_multiply_add(x_even, widen_flushed(weight[r] & 0xffff), odd);
+    const float high = fused_multiply_add(x_high, widen_flushed(weight[r] >> 16), flush(sum[r]));
+    sum[r] = fused_multiply_add(x_low, widen_flushed(weight[r] & 0xffff), high);
   }
   return sum;
 }

@@ -4,7 +4,7 @@ constexpr int kRowsPerVector = 16;
 
 using Sum = __m512;
 using Weight = __m512i;  // 32 x bf16
-using Element = __m512i;
+using Elements = __m512i;
 using Line = __m512i;
 
 Sum zero() { return _mm512_setzero_ps(); }
@@ -24,19 +24,52 @@ Weight decode(Line line) {
   return _mm512_permutexvar_epi16(_mm512_srli_epi16(line, 4 * Step), _mm512_load_si512(kValues));
 }
 
-// The even column is the low half.
-Element broadcast_even(const uint32_t* x) {
-  return _mm512_set1_epi32(static_cast<int>(*x & 0x0000ffffu));
+// All even columns of a line lie in the low halves of its lanes, so that one low half, copied to
+// both halves of the lane and shifted by two distances, gives a pair.
+template <int Half>
+Weight decode_two(Line copied) {
+  constexpr int kFirst = 4 * (2 * Half), kSecond = kFirst + 4;
+  const __m512i nibbles = _mm512_srlv_epi16(copied, _mm512_set1_epi32(kFirst << 16 | kSecond));
+  return _mm512_permutexvar_epi16(nibbles, _mm512_load_si512(kValues));
 }
 
-Element broadcast_odd(const uint32_t* x) {
-  return _mm512_set1_epi32(static_cast<int>(*x & 0xffff0000u));
+// Lane i of every four gets the 16 bits from byte low + step i on, above them those from byte
+// high + step i on.
+__m512i shuffle(__m512i from, int low, int high, int step) {
+  const auto lane = [&](int i) {
+    return (low + step * i) | (low + 1 + step * i) << 8 | (high + step * i) << 16 |
+           (high + 1 + step * i) << 24;
+  };
+  return _mm512_shuffle_epi8(
+      from, _mm512_broadcast_i32x4(_mm_setr_epi32(lane(0), lane(1), lane(2), lane(3))));
 }
 
-// With one column of the element zero, the other's product is added in one rounding and the zero
-// changes at most the sign of a zero.
-Sum multiply_add(Weight weight, Element element, Sum sum) {
-  return _mm512_dpbf16_ps(sum, (__m512bh)weight, (__m512bh)element);
+template <int Half>
+Weight even_weights(Line line) {
+  return decode_two<Half>(shuffle(line, 0, 0, 4));
+}
+
+template <int Half>
+Weight odd_weights(Line line) {
+  return decode_two<Half>(shuffle(line, 2, 2, 4));
+}
+
+Elements load_elements(const uint32_t* x) {
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+}
+
+template <int Half>
+__m512i even_columns(Elements x) {
+  return shuffle(x, 8 * Half + 4, 8 * Half, 0);
+}
+
+template <int Half>
+__m512i odd_columns(Elements x) {
+  return shuffle(x, 8 * Half + 6, 8 * Half + 2, 0);
+}
+
+Sum multiply_add(Weight weight, __m512i columns, Sum sum) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)weight, (__m512bh)columns);
 }
 
 Sum add_flushed(Sum a, Sum b) {
