@@ -158,6 +158,16 @@ def test_denormal_inputs_and_sums_are_zero_for_few_tokens_as_for_many(
     assert bool((found != 0).all() if survives else (found == 0).all())
 
 
+def test_tiles_have_an_arithmetic_roof_and_their_twin_has_none(isa: str) -> None:
+    with HostExperts(1, 1, 64, 32, isa=isa, threads=2) as experts:
+        rate = experts.arithmetic_roof(torch.bfloat16)
+    if isa == "amx":
+        assert rate is not None
+        assert 1e9 < rate < 1e14
+    else:
+        assert rate is None
+
+
 def test_real_tiles_give_the_bits_of_their_twin() -> None:
     require("amx")
     layer = RandomLayer(num_experts=3, hidden=224, intermediate=160, seed=9)

@@ -73,9 +73,32 @@ class Tiles {
 #include "amx.inl.h"
 #include "swiglu.inl.h"
 
+// What tdpbf16ps could reach at best: full tiles, in four independent chains.
+int64_t arithmetic_roof(const ArithmeticTask& task) {
+  const uint8_t full = kTileRows;
+  Tiles tiles({full, full, full, full, full, full, full, full});
+  uint32_t pairs[kTileRows][kTileRowBytes / 4];
+  for (auto& row : pairs) {
+    for (uint32_t& pair : row) pair = *task.element;
+  }
+  tiles.load<0>(pairs, kTileRowBytes);
+  tiles.load<1>(pairs, kTileRowBytes);
+  tiles.zero<4>();
+  tiles.zero<5>();
+  tiles.zero<6>();
+  tiles.zero<7>();
+  for (int64_t round = 0; round < task.rounds; ++round) {
+    tiles.multiply_add<4, 0, 1>();
+    tiles.multiply_add<5, 0, 1>();
+    tiles.multiply_add<6, 0, 1>();
+    tiles.multiply_add<7, 0, 1>();
+  }
+  return task.rounds * 4 * kTileRows * kPanelRows * kGroupColumns * 2;
+}
+
 }  // namespace
 
 const ActivationKernels kAmxKernels = {kColumnsPerElement, matmul, swiglu<kTokensPerRowTile>,
-                                       kTokensPerRowTile};
+                                       kTokensPerRowTile, arithmetic_roof};
 
 }  // namespace hybridk2
