@@ -145,6 +145,12 @@ def test_a_worker_that_cannot_start_says_why(weights: WeightFiles) -> None:
         Peer("fake", weights, threads=1, max_tokens=1, purpose="speed", command=command)
 
 
+def test_a_command_that_does_not_exist_is_the_reason(weights: WeightFiles) -> None:
+    command = ["/no/such/python"]
+    with pytest.raises(PeerError, match=r"does not start: .*/no/such/python"):
+        Peer("fake", weights, threads=1, max_tokens=1, purpose="speed", command=command)
+
+
 def test_a_peer_without_environment_is_listed_with_what_to_run(
     weights: WeightFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,14 +95,11 @@ class Peer:
         command = command or default_command(name)
         self._folder = Path(tempfile.mkdtemp(prefix="hybridk2-bench-"))
         self._log_path = self._folder / "log"
-        with self._log_path.open("wb") as log:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env={**os.environ, "PYTHONPATH": str(BENCH)},
-            )
+        try:
+            self._process = self._start(command)
+        except OSError as error:
+            shutil.rmtree(self._folder)
+            raise PeerError(f"its worker does not start: {error}") from error
         try:
             answer = self._ask(
                 {
@@ -138,6 +135,16 @@ class Peer:
         self._process.communicate()
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def _start(self, command: list[str]) -> subprocess.Popen[bytes]:
+        with self._log_path.open("wb") as log:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, "PYTHONPATH": str(BENCH)},
+            )
+
     def _run(
         self, path: str, x: Tensor, routings: Tensor, weights: Tensor, *, keep_output: bool
     ) -> list[float]:
@@ -165,7 +172,7 @@ class Peer:
             line = b""
         finally:
             timer.cancel()
-        if not line:
+        if not line.endswith(b"\n"):
             raise PeerError(self._last_words())
         self._process.send_signal(signal.SIGSTOP)
         answer: dict[str, Any] = json.loads(line)

@@ -99,10 +99,13 @@ class KtKernel(Engine):
         kind = getattr(self._extension.moe, BACKENDS[backend], None)
         if kind is None:
             raise RuntimeError(f"kt-kernel has no {BACKENDS[backend]} for this processor")
+        nodes = min(numa_nodes(), workers)  # it splits every expert over them
         pool = self._extension.WorkerPoolConfig()
-        pool.subpool_count = 1
-        pool.subpool_numa_map = [0]
-        pool.subpool_thread_count = [workers]
+        pool.subpool_count = nodes
+        pool.subpool_numa_map = list(range(nodes))
+        pool.subpool_thread_count = [
+            workers // nodes + (node < workers % nodes) for node in range(nodes)
+        ]
         queue = self._extension.CPUInfer(pool)
         matrices = {name: (files.packed(name), files.scale(name)) for name in MATRICES}
         experts = kind(self._configuration(matrices, queue, max_tokens))
@@ -127,6 +130,10 @@ class KtKernel(Engine):
             setattr(configuration, f"{name}_proj", packed.ctypes.data)
             setattr(configuration, f"{name}_scale", scale.ctypes.data)
         return configuration
+
+
+def numa_nodes() -> int:
+    return max(len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))), 1)
 
 
 def load_extension() -> tuple[ModuleType, str]:
