@@ -1,9 +1,14 @@
 """Trains K2-nano from nothing: vocabulary, conversations, network, checkpoint.
 
-    python -m hybridk2.nano.train --out FOLDER
+    python -m hybridk2.nano.train --out FOLDER --minutes 8.75
 
-Everything is generated: no file is read. Conversations are made by worker processes while the
-network trains; the time budget sets the learning-rate schedule.
+Everything is generated: no file is read but the table of tool kinds. Conversations are made by
+worker processes while the network trains; the time budget sets the learning-rate schedule.
+
+This command made the checkpoint in hybridk2/nano/checkpoint, on one NVIDIA H200 with 16 CPU cores
+and torch 2.11, in nine and a half minutes with compilation: 13,200 steps, 870 million tokens, 1.8
+million tokens/s. The corpus is a function of the seed; the number of steps depends on the machine,
+so another run gives another model of the same kind.
 """
 
 import logging
