@@ -22,8 +22,12 @@ constexpr int kElementsPerBlock = kGroupsPerBlock * kElementsPerGroup;
 
 // How far ahead of its use a weight line is asked into L2. On a 2-core Zen 4 (2026-11), share of
 // the read roof at one token by distance in blocks: none 0.48, 4 0.52, 10 0.61, 14 0.86, 20 0.86,
-// 40 0.85, 80 0.80; into L1 instead 0.46.
+// 40 0.85, 80 0.80; into L1 instead 0.46. Spread over the block 0.90.
 constexpr int kPrefetchBytes = 20 * kStripBlockBytes;
+
+// How far ahead activations are asked into L1 by tiles that do nothing but multiply: 24 elements of
+// a full tile. 192 tokens, one core: 0.86 of the vdpbf16ps roof without, 0.89 with.
+constexpr int kPrefetchElements = 24 * kTokensPerTile;
 
 constexpr int nibble_offset(int vector) {
   return vector / kVectorsPerPanel * kPanelBytes + vector % kVectorsPerPanel * kRowsPerVector * 4;
@@ -94,6 +98,7 @@ struct UnpackedGroup {
   const Weight* weights;
 
   void accumulate_element(int e, const uint32_t* x, Sum (&acc)[M][V]) const {
+    __builtin_prefetch(x + kPrefetchElements, 0, 3);
     Weight weight[V];
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) weight[v] = weights[e * kVectorsPerStrip + v];
@@ -106,9 +111,16 @@ struct UnpackedGroup {
   }
 };
 
+// Asks kCount lines from `begin` on into L2.
+template <int kCount>
+void prefetch_lines(const uint8_t* begin) {
+#pragma GCC unroll 16
+  for (int line = 0; line < kCount; ++line) __builtin_prefetch(begin + line * kLineBytes, 0, 2);
+}
+
 // Adds blocks [0, num_blocks) of one register tile to sums (row i at sums + i * kStripRows).
-// x: element e of token i at [e * x_stride + i]. unpacked: room for num_blocks decoded blocks, or
-// null for kPacked.
+// x: element e of token i at [e * x_stride + i]. unpacked: scratch for num_blocks decoded blocks;
+// kPacked leaves it alone and takes any number of blocks.
 template <int M, int V, Source kSource>
 void multiply_register_tile(const uint8_t* strip, Weight* unpacked, int64_t num_blocks,
                             int first_vector, const uint32_t* x, int64_t x_stride, float* sums) {
@@ -116,6 +128,10 @@ void multiply_register_tile(const uint8_t* strip, Weight* unpacked, int64_t num_
   // to hide their latency: then the block's two groups run side by side.
   constexpr int kGroups = M * V <= kSideBySideSums ? 2 : 1;
   constexpr bool kUnpacked = kSource == Source::kUnpacked;
+  // What this tile reads of a later block is asked for in even shares, one with each line of
+  // nibbles.
+  constexpr int kLines = kStripBlockBytes * V / kVectorsPerStrip / kLineBytes;
+  constexpr int kLinesPerBlock = kGroupsPerBlock * kLinesPerGroup;
   Sum total[M][V];
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
@@ -126,12 +142,8 @@ void multiply_register_tile(const uint8_t* strip, Weight* unpacked, int64_t num_
   }
   for (int64_t block = 0; block < num_blocks; ++block) {
     const uint8_t* strip_block = strip + block * kStripBlockBytes;
-    if constexpr (!kUnpacked) {
-      const uint8_t* ahead = strip_block + nibble_offset(first_vector) + kPrefetchBytes;
-      constexpr int kLines = kStripBlockBytes * V / kVectorsPerStrip / kLineBytes;
-#pragma GCC unroll 18
-      for (int line = 0; line < kLines; ++line) __builtin_prefetch(ahead + line * kLineBytes, 0, 2);
-    }
+    const uint8_t* ahead = strip_block + nibble_offset(first_vector) + kPrefetchBytes;
+    if constexpr (!kUnpacked) prefetch_lines<kLines % kLinesPerBlock>(ahead);
     for (int group = 0; group < kGroupsPerBlock; group += kGroups) {
       Sum acc[kGroups][M][V];
 #pragma GCC unroll 2
@@ -143,11 +155,12 @@ void multiply_register_tile(const uint8_t* strip, Weight* unpacked, int64_t num_
         }
       }
       const uint32_t* xg = x + (block * kGroupsPerBlock + group) * kElementsPerGroup * x_stride;
-      // Lines and elements are not unrolled: with twelve tokens the code would outgrow the micro-op
-      // cache (a tenth slower on Zen 4, 2026-11).
-      Weight* decoded = unpacked +
-                        (block * kElementsPerBlock + group * kElementsPerGroup) * kVectorsPerStrip +
-                        first_vector;
+      // Lines and elements are not unrolled but for few tokens: with twelve the code would outgrow
+      // the micro-op cache (a tenth slower on Zen 4, 2026-11).
+      Weight* decoded = unpacked + first_vector;
+      if constexpr (kSource != Source::kPacked) {
+        decoded += (block * kElementsPerBlock + group * kElementsPerGroup) * kVectorsPerStrip;
+      }
       constexpr int kGroupWeights = kElementsPerGroup * kVectorsPerStrip;
       if constexpr (kUnpacked) {
         for (int e = 0; e < kElementsPerGroup; ++e) {
@@ -158,14 +171,25 @@ void multiply_register_tile(const uint8_t* strip, Weight* unpacked, int64_t num_
           }
         }
       } else {
-        for (int q = 0; q < kLinesPerGroup; ++q) {
+        const auto multiply_lines = [&](int q) __attribute__((always_inline)) {
 #pragma GCC unroll 2
           for (int g = 0; g < kGroups; ++g) {
+            constexpr int kShare = kLines / kLinesPerBlock;
+            const int line = (group + g) * kLinesPerGroup + q;
+            prefetch_lines<kShare>(ahead + (kLines % kLinesPerBlock + line * kShare) * kLineBytes);
             const uint32_t* xq = xg + (g * kLinesPerGroup + q) * kStepsPerLine * x_stride;
             PackedGroup<M, V, kSource == Source::kPackedKept>{strip_block, first_vector, group + g,
                                                               decoded + g * kGroupWeights}
                 .accumulate_line(q, xq, x_stride, acc[g]);
           }
+        };
+        if constexpr (kGroups == 2) {
+          multiply_lines(0);
+          multiply_lines(1);
+          multiply_lines(2);
+          multiply_lines(3);
+        } else {
+          for (int q = 0; q < kLinesPerGroup; ++q) multiply_lines(q);
         }
       }
 #pragma GCC unroll 2
@@ -270,7 +294,8 @@ void matmul(const MatmulTask& task) {
   }
   const MultiplyTokens multiply = multiply_tokens_for<Source::kPacked>(task.num_tokens);
   for (int64_t s = 0; s < task.num_strips; ++s) {
-    multiply(task.strips + s * task.num_blocks * kStripBlockBytes, nullptr, task.num_blocks,
+    multiply(task.strips + s * task.num_blocks * kStripBlockBytes,
+             reinterpret_cast<Weight*>(task.scratch), task.num_blocks,
              static_cast<const uint32_t*>(task.activations), task.num_tokens,
              task.sums + s * task.num_tokens * kStripRows);
   }
