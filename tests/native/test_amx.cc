@@ -35,13 +35,16 @@ uint16_t random_bf16(std::mt19937& random, uint32_t lowest, uint32_t spread) {
   return static_cast<uint16_t>((random() & 0x807f) | exponent << 7);
 }
 
-// Like activations, and one in 16 of any bits, among them denormals, infinities and NaN.
-uint16_t random_activation(std::mt19937& random, bool any_bits) {
-  if (any_bits && random() % 16 == 0) return static_cast<uint16_t>(random());
-  return random_bf16(random, 110, 20);
+// kAnyBits: like activations, and one in 16 of any bits, among them denormals, infinities and NaN.
+// kTiny: around the smallest normal, so that sums are denormal now and then.
+enum class Kind { kUsual, kAnyBits, kTiny };
+
+uint16_t random_activation(std::mt19937& random, Kind kind) {
+  if (kind == Kind::kAnyBits && random() % 16 == 0) return static_cast<uint16_t>(random());
+  return kind == Kind::kTiny ? random_bf16(random, 0, 2) : random_bf16(random, 110, 20);
 }
 
-void test_bits(int64_t num_strips, int64_t num_blocks, int64_t num_tokens, bool any_bits) {
+void test_bits(int64_t num_strips, int64_t num_blocks, int64_t num_tokens, Kind kind) {
   std::mt19937 random(static_cast<uint32_t>(num_tokens * 100 + num_blocks * 10 + num_strips));
   struct alignas(64) StripBlock {
     uint8_t bytes[kStripBlockBytes];
@@ -59,8 +62,7 @@ void test_bits(int64_t num_strips, int64_t num_blocks, int64_t num_tokens, bool 
   // Exactly as large as promised: a sanitizer sees the first byte beyond.
   std::vector<uint32_t> x(num_tokens * num_blocks * kBlockColumns / 2);
   for (uint32_t& pair : x) {
-    pair = random_activation(random, any_bits) | uint32_t{random_activation(random, any_bits)}
-                                                     << 16;
+    pair = random_activation(random, kind) | uint32_t{random_activation(random, kind)} << 16;
   }
   std::vector<Scratch> scratch(1);
   const auto run = [&](void (*kernel)(const MatmulTask&)) {
@@ -122,8 +124,9 @@ int main() {
   }
   for (const int64_t num_tokens : {1, 2, 3, 5, 15, 16, 17, 34}) {
     for (const int64_t num_blocks : {1, 2, 3, 4}) {
-      test_bits(1, num_blocks, num_tokens, false);
-      test_bits(3, num_blocks, num_tokens, true);
+      test_bits(1, num_blocks, num_tokens, Kind::kUsual);
+      test_bits(3, num_blocks, num_tokens, Kind::kAnyBits);
+      test_bits(3, num_blocks, num_tokens, Kind::kTiny);
     }
   }
   test_the_order_of_sums_shows();
