@@ -10,6 +10,7 @@ constexpr int kRowsPerVector = 8;
 constexpr int kStepsPerLine = 8;
 constexpr int kColumnsPerElement = 1;
 constexpr int kRegisterTokens = 6;
+constexpr bool kDecodesBetween = false;
 constexpr int kSideBySideSums = 0;
 
 using Sum = __m256;
@@ -26,14 +27,20 @@ Sum load(const float* p) { return _mm256_loadu_ps(p); }
 void store(float* p, Sum value) { _mm256_storeu_ps(p, value); }
 Line load_line(const uint8_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
 
-// OR the nibble into the mantissa of 2^23, whose last bit is worth 1; subtracting 2^23 + 8 is
-// exact.
+// The nibble stays where it is, as mantissa bits of the power of two whose bit there is worth 1;
+// subtracting that power plus 8 is exact. Only nibbles that would reach the exponent are shifted,
+// all by the same 16.
 template <int Step>
 Weight decode(Line line) {
-  const __m256i shifted = _mm256_srli_epi32(line, 4 * (Step / 2) + 16 * (Step % 2));
-  const __m256i nibble = _mm256_and_si256(shifted, _mm256_set1_epi32(15));
-  const __m256i biased = _mm256_or_si256(nibble, _mm256_set1_epi32(0x4b000000));
-  return _mm256_sub_ps(_mm256_castsi256_ps(biased), _mm256_set1_ps(8388616.0f));
+  constexpr int kNibbleAt = 4 * (Step / 2) + 16 * (Step % 2);
+  constexpr bool kShifted = kNibbleAt > 16;
+  constexpr int kAt = kShifted ? kNibbleAt - 16 : kNibbleAt;
+  constexpr int kExponent = (127 + 23 - kAt) << 23;
+  const __m256i lanes = kShifted ? _mm256_srli_epi32(line, 16) : line;
+  const __m256i nibble = _mm256_and_si256(lanes, _mm256_set1_epi32(15 << kAt));
+  const __m256i biased = _mm256_or_si256(nibble, _mm256_set1_epi32(kExponent));
+  constexpr float kBias = (1 << (23 - kAt)) + 8;
+  return _mm256_sub_ps(_mm256_castsi256_ps(biased), _mm256_set1_ps(kBias));
 }
 
 Element broadcast(const uint32_t* x) {

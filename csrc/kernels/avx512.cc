@@ -10,6 +10,7 @@ constexpr int kRowsPerVector = 16;
 constexpr int kStepsPerLine = 8;
 constexpr int kColumnsPerElement = 1;
 constexpr int kRegisterTokens = 8;
+constexpr bool kDecodesBetween = true;
 constexpr int kSideBySideSums = 6;
 
 using Sum = __m512;

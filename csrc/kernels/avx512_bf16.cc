@@ -10,6 +10,7 @@ constexpr int kRowsPerVector = 16;
 constexpr int kStepsPerLine = 4;
 constexpr int kColumnsPerElement = 2;
 constexpr int kRegisterTokens = 8;
+constexpr bool kDecodesBetween = true;
 constexpr int kSideBySideSums = 6;
 
 using Sum = __m512;

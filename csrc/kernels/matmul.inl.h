@@ -6,6 +6,7 @@
 //   Line         kRowsPerVector rows of a 64-byte line of nibbles
 //   kStepsPerLine            elements per line: 4 (bf16 pairs) or 8 (fp32)
 //   kRegisterTokens          most tokens held in accumulators at once: 6 or 8
+//   kDecodesBetween          whether registers are left for decoding between multiplications
 //   kSideBySideSums          up to so many accumulators, both groups of a block run side by side
 //   vectors_at_once(tokens)  row vectors held in accumulators beside that many tokens
 //   load_line, decode<step>, multiply_add, scale_add, zero, load, store
@@ -254,6 +255,27 @@ constexpr int kUnpackedBlockBytes =
 constexpr int kBlocksPerChunk = kScratchBytes / kUnpackedBlockBytes;
 static_assert(kBlocksPerChunk >= 1);
 
+template <int Step>
+void keep_step(const Line& line, Weight* kept) {
+  *kept = decode<Step>(line);
+  if constexpr (Step + 1 < kStepsPerLine) keep_step<Step + 1>(line, kept + kVectorsPerStrip);
+}
+
+// Decodes blocks of a strip into scratch and does nothing else.
+void unpack_blocks(const uint8_t* strip_blocks, int64_t blocks, Weight* unpacked) {
+  for (int64_t block = 0; block < blocks; ++block) {
+    for (int row_line = 0; row_line < kGroupsPerBlock * kLinesPerGroup; ++row_line) {
+      for (int v = 0; v < kVectorsPerStrip; ++v) {
+        const uint8_t* line = strip_blocks + nibble_offset(v) + row_line * kLineBytes;
+        __builtin_prefetch(line + kPrefetchBytes, 0, 2);
+        keep_step<0>(load_line(line), unpacked + v);
+      }
+      unpacked += kStepsPerLine * kVectorsPerStrip;
+    }
+    strip_blocks += kStripBlockBytes;
+  }
+}
+
 // Several register tiles: for each chunk of columns, every strip is decoded once and meets every
 // token while the chunk of activations stays in L2. A tile of activations is cut into register
 // tiles of nearly equal width.
@@ -267,6 +289,7 @@ void multiply_many_tokens(const MatmulTask& task) {
     for (int64_t s = 0; s < task.num_strips; ++s) {
       const uint8_t* chunk = task.strips + (s * task.num_blocks + block) * kStripBlockBytes;
       float* sums = task.sums + s * task.num_tokens * kStripRows;
+      if constexpr (!kDecodesBetween) unpack_blocks(chunk, blocks, unpacked);
       for (int64_t tile = 0; tile < task.num_tokens; tile += kTokensPerTile) {
         const int64_t tokens_left = task.num_tokens - tile;
         const int64_t tokens = tokens_left < kTokensPerTile ? tokens_left : kTokensPerTile;
@@ -275,7 +298,7 @@ void multiply_many_tokens(const MatmulTask& task) {
         for (int64_t part = 0; part < parts; ++part) {
           const int64_t begin = tokens * part / parts;
           const int64_t width = tokens * (part + 1) / parts - begin;
-          const MultiplyTokens multiply = tile + begin == 0
+          const MultiplyTokens multiply = kDecodesBetween && tile + begin == 0
                                               ? multiply_tokens_for<Source::kPackedKept>(width)
                                               : multiply_tokens_for<Source::kUnpacked>(width);
           multiply(chunk, unpacked, blocks, tile_x + begin, tokens,
