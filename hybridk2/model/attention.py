@@ -17,14 +17,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hybridk2.checkpoint import AttentionWeights
 from hybridk2.config import K2Config
 from hybridk2.device import Device
 from hybridk2.kv_cache import CacheSequence
-from hybridk2.model.layers import rms_norm, rotate
+from hybridk2.model.layers import linear, rms_norm, rotate
 
 # Scores of one block of keys in fp32: 64 MB keeps a 512-token chunk of K2's 64 heads at 512 keys a
 # block, and the memory of prefill independent of the context's length.
@@ -89,7 +88,7 @@ class LatentAttention:
         config = self._config
         start = sequence.length
         tokens = x.shape[0]
-        compressed = F.linear(x, self._kv_a_proj)
+        compressed = linear(x, self._kv_a_proj)
         latent = rms_norm(
             compressed[:, : config.kv_lora_rank], self._kv_a_norm, config.rms_norm_eps
         )
@@ -101,12 +100,12 @@ class LatentAttention:
             absorbed = self._absorbed_is_cheaper(tokens, start)
         attend = self._absorbed if absorbed else self._expanded
         heads = attend(queries, sequence, start)  # (heads, tokens, v)
-        return F.linear(heads.transpose(0, 1).reshape(tokens, -1), self._o_proj)
+        return linear(heads.transpose(0, 1).reshape(tokens, -1), self._o_proj)
 
     def _queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> _Queries:
         config = self._config
-        q = rms_norm(F.linear(x, self._q_a_proj), self._q_a_norm, config.rms_norm_eps)
-        q = F.linear(q, self._q_b_proj).view(-1, config.num_attention_heads, config.qk_head_dim)
+        q = rms_norm(linear(x, self._q_a_proj), self._q_a_norm, config.rms_norm_eps)
+        q = linear(q, self._q_b_proj).view(-1, config.num_attention_heads, config.qk_head_dim)
         plain, rotated = q.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
         return _Queries(plain.transpose(0, 1), rotate(rotated, cos, sin).transpose(0, 1))
 
@@ -128,7 +127,7 @@ class LatentAttention:
         state = _SoftmaxState(q, config.v_head_dim, config.softmax_scale, start)
         for first, block in sequence.read_blocks(self._layer, state.block_keys):
             latents, rotated = block.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
-            expanded = F.linear(latents, self._kv_b_proj).float()
+            expanded = linear(latents, self._kv_b_proj).float()
             expanded = expanded.view(block.shape[0], config.num_attention_heads, -1)
             k, v = expanded.transpose(0, 1).split(
                 (config.qk_nope_head_dim, config.v_head_dim), dim=-1

@@ -15,6 +15,18 @@ from hybridk2.checkpoint import MlpWeights
 from hybridk2.config import K2Config
 from hybridk2.device import Device
 
+# torch's matrix products keep a compiled kernel for every number of rows they meet, 0.5 MB each:
+# with prompts of any length the embedded model grew by 800 MB. Rows are filled up to multiples.
+_ROWS = 32
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T. x: (tokens, columns), weight: (rows, columns), of one dtype; sums are fp32."""
+    tokens = x.shape[0]
+    if tokens == 1 or tokens % _ROWS == 0:
+        return F.linear(x, weight)
+    return F.linear(F.pad(x, (0, 0, 0, -tokens % _ROWS)), weight)[:tokens]
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension.
@@ -85,4 +97,4 @@ def place_mlp(weights: MlpWeights, device: Device, dtype: torch.dtype) -> MlpWei
 
 def swiglu(x: Tensor, weights: MlpWeights) -> Tensor:
     """down(silu(gate x) * (up x)): the dense layer and the shared expert. x: (tokens, hidden)."""
-    return F.linear(F.silu(F.linear(x, weights.gate)) * F.linear(x, weights.up), weights.down)
+    return linear(F.silu(linear(x, weights.gate)) * linear(x, weights.up), weights.down)
