@@ -1,10 +1,13 @@
 // A pass has up to four phases, a barrier after each:
 //
-//   gather   tokens of one expert side by side, as kernels read them; skipped where rows serve as
-//   they are gate/up  every strip of every active expert: SwiGLU of its 16 columns down     small
-//   calls: every strip of every active expert, into that slot's partial output
-//            large calls: every strip of the output, all experts added in ascending id
-//   sum      small calls: every token's partial outputs, in ascending expert id
+// gather: tokens of one expert side by side, as kernels read them; skipped where rows serve as are.
+//
+// gate/up: every strip of every active expert: SwiGLU of its 16 columns.
+//
+// down: in small calls every strip of every active expert, into that slot's partial output; in
+// large calls every strip of the output, all experts added in ascending id.
+//
+// sum: in small calls only: every token's partial outputs, in ascending expert id.
 //
 // Both forms of down add the same numbers in the same order, so they agree bit for bit.
 #include "layer_runner.h"
