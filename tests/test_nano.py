@@ -1,10 +1,12 @@
 """K2-nano: its corpus, what it may never have seen, its training maths, its checkpoint."""
 
+import dataclasses
 import itertools
 import json
 import random
 from decimal import Decimal
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,12 +19,13 @@ from hybridk2.assistant import Assistant
 from hybridk2.chat.template import render
 from hybridk2.checkpoint import Checkpoint, locate_model
 from hybridk2.config import EngineConfig
-from hybridk2.nano import comparison, evaluate, train
+from hybridk2.errors import CheckpointError
+from hybridk2.nano import comparison, evaluate, phrasing, tools, train
 from hybridk2.nano.attention_masks import PackedDocuments
 from hybridk2.nano.cases import COMPARISON, SUITES, TOOL_ANSWER, TOOL_CALL, Reply, draw_cases
 from hybridk2.nano.conversation import conversation
 from hybridk2.nano.corpus import PADDING, TARGET, Renderer, batches
-from hybridk2.nano.export import pack, write_weights
+from hybridk2.nano.export import pack, read_weights, write_weights
 from hybridk2.nano.generation import generate, parse_reply
 from hybridk2.nano.muon import orthogonalize
 from hybridk2.nano.network import MixtureOfExperts, Network, as_stored, nano_config, quantize
@@ -356,6 +359,35 @@ def test_an_exported_network_opens_as_a_checkpoint_with_the_same_weights(network
         weight = (nibbles.unflatten(1, (-1, 32)) - 8) * linear.scale.float()[..., None]
         expected = as_stored(getattr(layer.mlp, name)[31])
         assert torch.equal(weight.flatten(1).bfloat16(), expected)
+
+
+def test_training_goes_on_from_exactly_what_a_checkpoint_stores(tmp_path):
+    torch.manual_seed(1)
+    other = Network(nano_config(train.BASE_VOCABULARY))
+    read_weights(NANO, other)
+    write_weights(tmp_path, other)
+    for file in sorted(tmp_path.iterdir()):
+        assert file.read_bytes() == (NANO / file.name).read_bytes(), file.name
+
+
+def test_a_checkpoint_of_other_dimensions_is_refused():
+    smaller = Network(dataclasses.replace(nano_config(train.BASE_VOCABULARY), num_hidden_layers=2))
+    with pytest.raises(CheckpointError, match="not that of the network"):
+        read_weights(NANO, smaller)
+
+
+def test_what_follows_a_value_is_set_apart_from_it():
+    """Or nobody could tell where the value ends: "play The Tall Horse I need to know"."""
+    draw = Draw(3)
+    closed = {phrasing.framed(draw, "play {song}") for _ in range(2000)}
+    after = {text.partition("{song}")[2] for text in closed}
+    assert len(after) > 15
+    assert all(text == "" or text[0] in ".," for text in after)
+    pair = tools.declare_several(draw, 2)
+    with patch.object(tools, "request", lambda *_: tools.Request("play The Tall Horse", ())):
+        joined = {tools.joint_request(draw, *pair).question for _ in range(200)}
+    assert len(joined) > 3
+    assert not any(question.startswith("play The Tall Horse play") for question in joined)
 
 
 def test_k2_nano_has_every_structural_feature_in_twelve_megabytes():

@@ -1,8 +1,9 @@
 """Fresh cases for evaluation: what the model is given, and whether its reply is right.
 
-Every case is drawn on the evaluation side of the split: numbers, names, tools and, half of the
-time, phrasings that training never shows. Used by train.py on the network and by evaluate.py on
-the engine.
+Every case is drawn on the evaluation side of the split: numbers, names, tools and, a third of the
+time, phrasings that training never shows. Training is meant to be harder than this: it rewords and
+repeats more than people do, and more of its words and tools are made up. Used by train.py on the
+network and by evaluate.py on the engine.
 """
 
 import json

@@ -201,7 +201,7 @@ def _add_tool_run(
         request = tools.follow_up(draw, state.last_tool)
     elif tools.can_repeat(tool) and draw.chance(0.2):
         request = tools.repeated_request(draw, tool)
-    elif others and draw.chance(0.08):
+    elif others and draw.chance(0.08 if draw.evaluation else 0.14):
         request = tools.joint_request(draw, tool, draw.choice(others))
     else:
         request = tools.request(draw, tool)
@@ -299,7 +299,7 @@ def _add_bare_request(draw: Draw, state: _State) -> bool:
 
 
 _TASKS = ("comparison", "tool", "talk", "beyond")
-_TASK_SHARES = (0.40, 0.42, 0.08, 0.10)
+_TASK_SHARES = (0.26, 0.58, 0.06, 0.10)
 
 
 def _declared_for(draw: Draw, task: str) -> list[Tool]:

@@ -1,17 +1,20 @@
-"""The trained network as a checkpoint folder in K2's published format.
+"""The trained network as a checkpoint folder in K2's published format, and back.
 
 Owns the packing of codes into int32 words and the files' names. Tensor names and shapes come from
 `hybridk2.checkpoint.Layout`.
 """
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hybridk2.checkpoint import Layout, QuantizedSpec
+from hybridk2.checkpoint import Checkpoint, Layout, QuantizedLinear, QuantizedSpec
+from hybridk2.config import GROUP_SIZE
+from hybridk2.errors import CheckpointError
 from hybridk2.nano.network import Layer, MixtureOfExperts, Network, SwiGlu, quantize
 
 
@@ -94,6 +97,49 @@ def write_weights(folder: Path, network: Network) -> int:
     }
     _write_json(folder / "generation_config.json", generation)
     return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def unpack(linear: QuantizedLinear) -> Tensor:
+    """The matrix that packed codes and scales stand for: (out, in) fp32."""
+    nibbles = (linear.packed[..., None] >> (4 * torch.arange(8))) & 15
+    codes = nibbles.flatten(1).unflatten(1, (-1, GROUP_SIZE)) - 8
+    return (codes * linear.scale.float()[..., None]).flatten(1)
+
+
+@torch.no_grad()
+def read_weights(folder: Path, network: Network) -> None:
+    """Set the network to what a checkpoint of its dimensions holds, to train on from there.
+
+    Experts come back as their INT4 values: the finer weights they were rounded from are not stored.
+    """
+    with Checkpoint.open(folder) as checkpoint:
+        if checkpoint.config != network.config:
+            raise CheckpointError(f"{folder}: config.json is not that of the network to be trained")
+        for index, layer in enumerate(network.layers):
+            assert isinstance(layer, Layer)
+            stored = checkpoint.layer(index)
+            layer.input_norm.copy_(stored.input_norm)
+            layer.post_attention_norm.copy_(stored.post_attention_norm)
+            for field in fields(stored.attention):
+                getattr(layer.attention, field.name).copy_(getattr(stored.attention, field.name))
+            block = layer.mlp
+            plain = block.shared if isinstance(block, MixtureOfExperts) else block
+            weights = stored.shared or stored.mlp
+            assert weights is not None
+            for name in ("gate", "up", "down"):
+                getattr(plain, name).copy_(getattr(weights, name))
+            if not isinstance(block, MixtureOfExperts):
+                continue
+            assert stored.router is not None
+            block.router.copy_(stored.router.weight)
+            block.bias.copy_(stored.router.bias)
+            for number in range(block.gate.shape[0]):
+                expert = checkpoint.expert(index, number)
+                for name in ("gate", "up", "down"):
+                    getattr(block, name)[number].copy_(unpack(getattr(expert, name)))
+        network.embedding.copy_(checkpoint.embedding())
+        network.final_norm.copy_(checkpoint.final_norm())
+        network.head.copy_(checkpoint.lm_head())
 
 
 def _write_json(path: Path, value: dict[str, object]) -> None:

@@ -127,6 +127,7 @@ _DISPENSABLE = frozenset(
 )
 # Share of training questions whose words are changed; evaluation asks in plain words.
 _REWORDED = 0.45
+_UPPER_CASE, _UPPER_CASE_IN_TRAINING = 0.03, 0.07
 _CUT = re.compile(r"(\s+)")
 
 
@@ -173,9 +174,10 @@ def careless(draw: Draw, template: str) -> str:
         template = _reword(draw, template) or template
     parts = _SLOT.split(template)
     style = draw.random()
+    upper = _UPPER_CASE if draw.evaluation else _UPPER_CASE_IN_TRAINING
     if style < 0.16:
         parts = [part if part.startswith("{") else part.lower() for part in parts]
-    elif style < 0.19:
+    elif style < 0.16 + upper:
         parts = [part if part.startswith("{") else part.upper() for part in parts]
     for _ in range(draw.weighted((0, 1, 2), (0.86, 0.1, 0.04))):
         spot = draw.between(0, len(parts) - 1)
@@ -196,7 +198,10 @@ def framed(draw: Draw, template: str) -> str:
     if draw.chance(0.18):
         template = draw.choice(_OPENINGS) + template
     if draw.chance(0.22):
-        template = template + draw.choice(_CLOSINGS)
+        closing = draw.choice(_CLOSINGS)
+        if template.endswith("}"):  # or nobody could tell where the value ends
+            template += "," if closing[1].islower() else "."
+        template += closing
     return template
 
 

@@ -133,12 +133,25 @@ def _message(draw: Draw) -> str:
     return words.phrase(draw, 2, 8) if draw.chance(0.5) else words.sentence(draw).rstrip(".")
 
 
+def _name_of(draw: Draw, known: tuple[str, ...]) -> str:
+    """A name from a list; in training often one that exists nowhere.
+
+    Lists of fifty names would be learned by heart, and a name kept for evaluation would be bent
+    into one of them: what has to be learned is to copy.
+    """
+    if draw.evaluation or draw.chance(0.5):
+        return draw.word(known)
+    if draw.chance(0.4):
+        return draw.fresh(lambda: words.pseudo_word(draw).capitalize())
+    return draw.fresh(lambda: words.blend(draw, known))
+
+
 def _country(draw: Draw) -> str:
-    return draw.word(words.COUNTRIES)
+    return _name_of(draw, words.COUNTRIES)
 
 
 def _company(draw: Draw) -> str:
-    return draw.word(words.COMPANIES)
+    return _name_of(draw, words.COMPANIES)
 
 
 def _boolean(draw: Draw) -> bool:
@@ -146,10 +159,12 @@ def _boolean(draw: Draw) -> bool:
 
 
 def _language(draw: Draw) -> str:
-    return draw.word(words.LANGUAGES)
+    return _name_of(draw, words.LANGUAGES)
 
 
 def _currency(draw: Draw) -> str:
+    if not draw.evaluation and draw.chance(0.4):
+        return draw.fresh(lambda: words.letters(draw, 3, 3, "ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
     return draw.word(words.CURRENCIES)
 
 

@@ -164,6 +164,12 @@ def _tool_name(draw: Draw, kind: Kind) -> str:
     return draw.fresh(make)
 
 
+def _speaks_for_itself(name: str, kind: Kind) -> bool:
+    """Whether the name alone says what the tool is about, by its kind's main noun."""
+    letters = name.lower().replace("_", "").replace("-", "").replace(".", "")
+    return kind.nouns[0].replace("_", "") in letters
+
+
 def _schema(draw: Draw, parameter: Parameter, described: bool) -> dict[str, Any]:
     schema: dict[str, Any] = {"type": parameter.type}
     if described:
@@ -202,7 +208,9 @@ def declare(draw: Draw, kind: Kind, taken: set[str] | None = None) -> Tool:
     if draw.chance(0.12):
         schema["additionalProperties"] = False
     function: dict[str, Any] = {"name": name}
-    if draw.chance(0.9):
+    # Training also shows tools of which nobody could tell what they do; evaluation asks for none.
+    described_at_all = draw.chance(0.9)
+    if described_at_all or (draw.evaluation and not _speaks_for_itself(name, kind)):
         function["description"] = draw.phrasing(kind.about)
         if draw.chance(0.12):
             function["description"] += " " + draw.choice(_ABOUT_TAILS)
@@ -275,7 +283,7 @@ def generic_kind(draw: Draw) -> Kind:
 
 
 def any_kind(draw: Draw) -> Kind:
-    share = 0.25 if draw.evaluation else 0.4  # made-up tools are the harder school
+    share = 0.25 if draw.evaluation else 0.4  # made-up matters are the harder school
     return generic_kind(draw) if draw.chance(share) else draw.choice(KINDS)
 
 
@@ -371,6 +379,8 @@ def joint_request(draw: Draw, first: Tool, second: Tool) -> Request:
     """One message that needs two different tools."""
     one, two = request(draw, first), request(draw, second)
     joint = draw.choice((" And ", " Also: ", " Then: ", " ", "\n", " And then: "))
+    if joint == " " and one.question[-1].isalnum():
+        joint = ". "  # or the first value would seem to go on
     return Request(one.question + joint + two.question, one.calls + two.calls)
 
 

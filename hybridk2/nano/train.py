@@ -5,14 +5,17 @@
 Everything is generated: no file is read but the table of tool kinds. Conversations are made by
 worker processes while the network trains; the time budget sets the learning-rate schedule.
 
-This command made the checkpoint in hybridk2/nano/checkpoint, on one NVIDIA H200 with 16 CPU cores
-and torch 2.11, in nine and a half minutes with compilation: 13,200 steps, 870 million tokens, 1.8
-million tokens/s. The corpus is a function of the seed; the number of steps depends on the machine,
-so another run gives another model of the same kind.
+The checkpoint in hybridk2/nano/checkpoint was made in two sittings with torch 2.11 and 16 CPU
+cores: from nothing on one NVIDIA H200, nine and a half minutes with compilation, 13,200 steps, 870
+million tokens, 1.8 million tokens/s; then, after the corpus had been made harder, four minutes more
+on one H100 with --continue-from, 4,840 steps, 317 million tokens. The corpus is a function of the
+seed; the number of steps depends on the machine, so another run gives another model of the same
+kind.
 """
 
 import logging
 import multiprocessing
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,11 +31,16 @@ from torch import Tensor, nn
 from hybridk2.nano.attention_masks import PackedDocuments
 from hybridk2.nano.cases import COMPARISON, TALK, TOOL_ANSWER, TOOL_CALL, draw_cases, shares_right
 from hybridk2.nano.corpus import PADDING, PROMPT, TARGET, Batch, batches, training_texts
-from hybridk2.nano.export import write_weights
+from hybridk2.nano.export import read_weights, write_weights
 from hybridk2.nano.generation import replies_to
 from hybridk2.nano.muon import Muon
 from hybridk2.nano.network import Network, nano_config
-from hybridk2.nano.vocabulary import train_vocabulary, write_vocabulary
+from hybridk2.nano.vocabulary import (
+    CONFIG_FILE,
+    VOCABULARY_FILE,
+    train_vocabulary,
+    write_vocabulary,
+)
 from hybridk2.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -49,6 +57,7 @@ WARMUP_STEPS = 60
 CONSTANT_SHARE = 0.25  # of the budget; then the rates fall linearly to zero
 PROMPT_WEIGHT = 0.15  # of a prompt token in the loss, at the start; falls to zero
 BALANCE_STEP = 1e-3
+CONTINUED_RATE = 0.5  # of the peak rates, where training goes on from a checkpoint
 
 
 @dataclass(frozen=True)
@@ -111,8 +120,12 @@ def batch_stream(
 class Trainer:
     """One network, its optimisers, and a step."""
 
-    def __init__(self, network: Network, tokens_per_step: int, compiled: bool) -> None:
+    def __init__(
+        self, network: Network, tokens_per_step: int, compiled: bool, peak: float = 1.0
+    ) -> None:
+        """peak: scales all learning rates."""
         self.network = network
+        self._peak = peak
         device = network.embedding.device
         self._attend = PackedDocuments(
             tokens_per_step, network.config.softmax_scale, device, by_blocks=compiled
@@ -157,7 +170,7 @@ class Trainer:
         targets = (next_marks == TARGET) & same
         total, sums = self._loss_of(hidden, self.network.head, labels, weights, targets)
         total.backward()
-        factor = rate_factor(step, progress)
+        factor = self._peak * rate_factor(step, progress)
         self._muon.rate = MATRIX_RATE * factor
         for group in self._adam.param_groups:
             group["lr"] = group["peak"] * factor
@@ -223,25 +236,38 @@ def _train(
 @click.option("--workers", default=12, show_default=True, help="Processes that make data.")
 @click.option("--steps", type=int, help="Stop after so many steps, for a trial.")
 @click.option("--cases", default=100, show_default=True, help="Validation cases of each kind.")
+@click.option(
+    "--continue-from", "start", type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Train on from this checkpoint, with its vocabulary, instead of from nothing.",
+)  # fmt: skip
 def main(
     out: Path, minutes: float, device: str, seed: int, tokens_per_step: int, workers: int,
-    steps: int | None, cases: int,
+    steps: int | None, cases: int, start: Path | None,
 ) -> None:  # fmt: skip
     """Train K2-nano and write its checkpoint into the folder OUT."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     out.mkdir(parents=True, exist_ok=True)
-    vocabulary = train_vocabulary(training_texts(seed, VOCABULARY_CONVERSATIONS), BASE_VOCABULARY)
     config = nano_config(BASE_VOCABULARY)
-    write_vocabulary(out, vocabulary, config.max_position_embeddings)
+    if start is None:
+        texts = training_texts(seed, VOCABULARY_CONVERSATIONS)
+        vocabulary = train_vocabulary(texts, BASE_VOCABULARY)
+        write_vocabulary(out, vocabulary, config.max_position_embeddings)
+    else:
+        for name in (VOCABULARY_FILE, CONFIG_FILE):
+            shutil.copy(start / name, out / name)
     tokenizer = Tokenizer.from_folder(out)
     logger.info("vocabulary: %d tokens", tokenizer.vocab_size)
     with batch_stream(out, seed, tokens_per_step, workers) as stream:
         torch.manual_seed(seed)
         torch.set_float32_matmul_precision("highest")  # the router must stay fp32
-        network = Network(config).to(device)
+        network = Network(config)
+        if start is not None:
+            read_weights(start, network)
+        network.to(device)
         parameters = sum(parameter.numel() for parameter in network.parameters())
         logger.info("network: %.2f M parameters on %s", parameters / 1e6, device)
-        trainer = Trainer(network, tokens_per_step, compiled=device == "cuda")
+        peak = 1.0 if start is None else CONTINUED_RATE
+        trainer = Trainer(network, tokens_per_step, compiled=device == "cuda", peak=peak)
         _train(trainer, stream, Budget(minutes * 60, steps), tokenizer, cases)
     network.eval()
     size = write_weights(out, network)

@@ -211,22 +211,23 @@ _ONSETS = _words(
 _VOWELS = _words("a e i o u a e i o u ai ea ei ia io oo ou ee au")
 _CODAS = ("", "", "", "", "n", "r", "l", "s", "t", "m", "k", "x", "nd", "rk", "st", "sh", "ng", "p")
 _ACCENTED = "áàâäãåāéèêëēíìîïóòôöõøúùûüñçšžłśćńőřđýþ"
+_RARE = ((0x00E0, 0x00F6), (0x0100, 0x017F), (0x0180, 0x024F), (0x0300, 0x036F))
 _SCRIPTS = (
     (0x4E00, 0x7FFF), (0x4E00, 0x6FFF), (0x3041, 0x3090), (0x30A1, 0x30F0), (0x0410, 0x044F),
     (0x03B1, 0x03C9), (0xAC00, 0xD7A0), (0x05D0, 0x05EA), (0x0627, 0x064A), (0x0905, 0x0939),
 )  # fmt: skip
 
 
-def _blend(draw: Draw) -> str:
-    """The head of one word and the tail of another: looks like a word, is none."""
-    head, tail = draw.choice(NOUNS), draw.choice(NOUNS)
+def blend(draw: Draw, items: tuple[str, ...]) -> str:
+    """The head of one word and the tail of another: looks like a word of the list, is none."""
+    head, tail = draw.choice(items), draw.choice(items)
     return head[: draw.between(2, 4)] + tail[-draw.between(2, 4) :]
 
 
 def pseudo_word(draw: Draw) -> str:
     """A lower-case word that does not exist: one to four syllables, or a blend of two words."""
     if draw.chance(0.35):
-        return _blend(draw)
+        return blend(draw, NOUNS if draw.evaluation else draw.choice((NOUNS, ADJECTIVES, VERBS)))
     syllables = draw.weighted((1, 2, 3, 4), (0.2, 0.55, 0.21, 0.04))
     return "".join(
         draw.choice(_ONSETS) + draw.choice(_VOWELS) + draw.choice(_CODAS) for _ in range(syllables)
@@ -240,7 +241,10 @@ def letters(draw: Draw, shortest: int, longest: int, alphabet: str) -> str:
 def _accented(draw: Draw) -> str:
     text = list(pseudo_word(draw))
     for _ in range(draw.between(1, 2)):
-        text[draw.between(0, len(text) - 1)] = draw.choice(_ACCENTED)
+        # Training goes beyond the usual letters, to marks that stand on the letter before them.
+        rare = not draw.evaluation and draw.chance(0.4)
+        letter = chr(draw.between(*draw.choice(_RARE))) if rare else draw.choice(_ACCENTED)
+        text[draw.between(0, len(text) - 1)] = letter
     return "".join(text)
 
 
@@ -253,9 +257,10 @@ def _other_script(draw: Draw) -> str:
 def _proper_name(draw: Draw) -> str:
     kind = draw.random()
     if kind < 0.50:
+        # Several words are where copies go wrong: training shows them more often.
+        lengths = (0.7, 0.24, 0.06) if draw.evaluation else (0.5, 0.33, 0.17)
         return " ".join(
-            pseudo_word(draw).capitalize()
-            for _ in range(draw.weighted((1, 2, 3), (0.7, 0.24, 0.06)))
+            pseudo_word(draw).capitalize() for _ in range(draw.weighted((1, 2, 3), lengths))
         )
     if kind < 0.62:
         return _accented(draw).capitalize()
@@ -266,14 +271,17 @@ def _proper_name(draw: Draw) -> str:
         return pseudo_word(draw).capitalize() + joint + pseudo_word(draw).capitalize()
     if kind < 0.92:
         return letters(draw, 3, 10, "abcdefghijklmnopqrstuvwxyz").capitalize()
-    return draw.choice(("Port", "New", "San", "Saint", "North", "Lake", "Fort", "Mount")) + (
-        " " + pseudo_word(draw).capitalize()
-    )
+    if draw.evaluation or draw.chance(0.5):
+        return draw.choice(("Port", "New", "San", "Saint", "North", "Lake", "Fort", "Mount")) + (
+            " " + pseudo_word(draw).capitalize()
+        )
+    return pseudo_word(draw).capitalize() + draw.choice((" City", " Falls", " Bay", " Hills"))
 
 
 def place(draw: Draw) -> str:
     """A city: a real one, or one that exists nowhere."""
-    return draw.word(CITIES) if draw.chance(0.5) else draw.fresh(lambda: _proper_name(draw))
+    known = draw.chance(0.5 if draw.evaluation else 0.4)
+    return draw.word(CITIES) if known else draw.fresh(lambda: _proper_name(draw))
 
 
 def person(draw: Draw) -> str:
@@ -283,25 +291,34 @@ def person(draw: Draw) -> str:
 
 
 def noun(draw: Draw) -> str:
-    return draw.word(NOUNS) if draw.chance(0.55) else draw.fresh(lambda: pseudo_word(draw))
+    known = draw.chance(0.55 if draw.evaluation else 0.45)
+    return draw.word(NOUNS) if known else draw.fresh(lambda: pseudo_word(draw))
 
 
 def title(draw: Draw) -> str:
     """A name of a film, a song, a book: two to four capitalised words."""
     words = [draw.word(ADJECTIVES), draw.word(NOUNS)]
-    if draw.chance(0.4):
+    if not draw.evaluation:
+        words = [
+            draw.fresh(lambda: pseudo_word(draw)) if draw.chance(0.3) else word for word in words
+        ]
+    if draw.chance(0.4 if draw.evaluation else 0.5):
         words += ["of", draw.choice((draw.word(NOUNS), draw.fresh(lambda: pseudo_word(draw))))]
     text = " ".join(word if word == "of" else word.capitalize() for word in words)
     return "The " + text if draw.chance(0.5) else text
 
 
 def phrase(draw: Draw, shortest: int = 2, longest: int = 7) -> str:
-    """A run of lower-case words, made-up ones among them, now and then one of them twice."""
+    """A run of lower-case words, made-up ones among them, now and then one of them twice.
+
+    In training more are made up: what has to be learned is to copy, not which words there are.
+    """
     words: list[str] = []
+    known = 0.8 if draw.evaluation else 0.55
     for _ in range(draw.between(shortest, longest)):
-        if words and draw.chance(0.08):
+        if words and draw.chance(0.08 if draw.evaluation else 0.12):
             words.append(draw.choice(words))
-        elif draw.chance(0.8):
+        elif draw.chance(known):
             words.append(draw.word(draw.choice((NOUNS, NOUNS, ADJECTIVES, VERBS))))
         else:
             words.append(draw.fresh(lambda: pseudo_word(draw)))
