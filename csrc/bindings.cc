@@ -8,10 +8,13 @@
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
+#include "arena.h"
 #include "errors.h"
 #include "experts.h"
 #include "read_roof.h"
+#include "topology.h"
 
 namespace py = pybind11;
 
@@ -39,9 +42,10 @@ PackedMatrix matrix(const std::pair<uintptr_t, uintptr_t>& addresses) {
 }
 
 ExpertsHolder create(int64_t num_layers, int64_t num_experts, int64_t hidden, int64_t intermediate,
-                     const std::string& isa, int threads, bool huge_pages) {
+                     const std::string& isa, int threads, bool huge_pages, int simulated) {
   const ExpertsShape shape{num_layers, num_experts, hidden, intermediate};
-  return ExpertsHolder(new Experts(shape, isa, threads, huge_pages));
+  const std::vector<Node> nodes = simulated > 0 ? simulated_nodes(simulated) : usable_nodes();
+  return ExpertsHolder(new Experts(shape, isa, threads, huge_pages, nodes));
 }
 
 void load(Experts& experts, int64_t layer, int64_t expert,
@@ -73,16 +77,22 @@ PYBIND11_MODULE(_native, module) {
   py::register_exception<OutOfMemoryError>(module, "OutOfMemoryError", PyExc_MemoryError);
   using Release = py::call_guard<py::gil_scoped_release>;
   module.def("available_isas", &available_isas);
+  module.def("usable_cores", [] { return cores_of(usable_nodes()); });
+  module.def("free_gigabyte_pages", [] { return free_gigabyte_pages(kAnyNode); });
   py::class_<Job, Ticket>(module, "Ticket")
       .def_property_readonly("done", &Job::done)
       .def("wait", &Job::wait, Release())
       .def("finish", &Job::finish, Release());
   py::class_<Experts, ExpertsHolder>(module, "Experts")
       .def(py::init(&create), py::arg("num_layers"), py::arg("num_experts"), py::arg("hidden"),
-           py::arg("intermediate"), py::arg("isa"), py::arg("threads"), py::arg("huge_pages"))
+           py::arg("intermediate"), py::arg("isa"), py::arg("threads"), py::arg("huge_pages"),
+           py::arg("simulated_nodes"))
       .def_property_readonly("isa", &Experts::isa)
       .def_property_readonly("threads", &Experts::threads)
+      .def_property_readonly("threads_of_node", &Experts::threads_of_node)
       .def_property_readonly("huge_pages", &Experts::huge_pages)
+      .def_property_readonly("gigabyte_pages", &Experts::gigabyte_pages)
+      .def_property_readonly("troubles", &Experts::troubles)
       .def_property_readonly("weight_bytes", &Experts::weight_bytes)
       .def("load", &load, Release())
       .def("dequantise", &dequantise, Release())

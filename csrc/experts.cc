@@ -2,9 +2,10 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
-#include <initializer_list>
 #include <stdexcept>
+#include <system_error>
 
 #include "errors.h"
 #include "read_roof.h"
@@ -14,103 +15,125 @@ namespace {
 
 enum LoadState : uint8_t { kEmpty, kLoading, kLoaded };
 
-int64_t multiply_or_throw(std::initializer_list<int64_t> factors) {
-  int64_t product = 1;
-  for (const int64_t factor : factors) {
-    if (__builtin_mul_overflow(product, factor, &product)) {
-      throw std::invalid_argument("the experts' weights exceed 2^63 bytes");
-    }
-  }
-  return product;
-}
-
-const ExpertsShape& checked(const ExpertsShape& shape) {
-  const auto require = [](bool holds, const char* name, const char* rule, int64_t found) {
-    if (holds) return;
-    throw std::invalid_argument(std::string(name) + ": expected " + rule + ", found " +
-                                std::to_string(found));
-  };
-  constexpr int64_t kMost = int64_t{1} << 24;
-  const auto positive = [&](const char* name, int64_t value) {
-    require(value >= 1 && value <= kMost, name, "1 to 16777216", value);
-  };
-  positive("num_layers", shape.num_layers);
-  positive("num_experts", shape.num_experts);
-  positive("hidden", shape.hidden);
-  positive("intermediate", shape.intermediate);
-  require(shape.hidden % kGroupColumns == 0, "hidden", "a multiple of 32", shape.hidden);
-  require(shape.intermediate % kGroupColumns == 0, "intermediate", "a multiple of 32",
-          shape.intermediate);
-  return shape;
-}
-
-int checked_threads(int threads) {
+int checked_threads(int threads, const std::vector<Node>& nodes) {
   constexpr int kMost = 4096;
   if (threads < 0 || threads > kMost) {
     throw std::invalid_argument("threads: expected 1 to " + std::to_string(kMost) + ", found " +
                                 std::to_string(threads));
   }
-  return threads > 0 ? threads : usable_cores();
+  return threads > 0 ? threads : cores_of(nodes);
 }
 
-ExpertBytes bytes_of_expert(const ExpertsShape& shape) {
-  ExpertBytes bytes;
-  bytes.gate_up =
-      multiply_or_throw({strips_of_gate_up(shape), blocks_of(shape.hidden), kStripBlockBytes});
-  bytes.total =
-      bytes.gate_up +
-      multiply_or_throw({strips_of_down(shape), blocks_of(shape.intermediate), kStripBlockBytes});
-  return bytes;
-}
+// Numbers [0, total) for each node, claimed in shares by the node's threads: one that is
+// interrupted does not hold up all.
+class Shares {
+ public:
+  explicit Shares(int nodes) : next_(nodes) {}
+  bool claim(int node, int64_t total, int64_t count, int64_t* begin) {
+    *begin = next_[node].value.fetch_add(count);
+    return *begin < total;
+  }
+
+ private:
+  struct alignas(kCacheLineBytes) Next {
+    std::atomic<int64_t> value{0};
+  };
+  std::vector<Next> next_;
+};
 
 }  // namespace
 
-Experts::Experts(const ExpertsShape& shape, const std::string& isa, int threads, bool huge_pages)
-    : shape_(checked(shape)),
-      kernels_(select_kernels(isa)),
-      expert_bytes_(bytes_of_expert(shape)),
+Experts::Experts(const ExpertsShape& shape, const std::string& isa, int threads, bool huge_pages,
+                 const std::vector<Node>& nodes) try
+    : kernels_(select_kernels(isa)),
+      plan_(plan_threads(nodes, checked_threads(threads, nodes))),
       process_(getpid()),
-      weights_("the routed experts' weights",
-               multiply_or_throw({shape.num_layers, shape.num_experts, expert_bytes_.total}),
-               huge_pages),
+      weights_(shape, plan_, huge_pages),
       load_states_(new std::atomic<uint8_t>[shape.num_layers * shape.num_experts]()),
-      pool_(checked_threads(threads)),
-      runner_(shape_, expert_bytes_, kernels_, pool_, huge_pages),
-      queue_([this] { pool_.adopt_this_thread(); }, pool_.spin(), pool_.waiter_spin()) {}
+      pool_(plan_),
+      runner_(weights_, kernels_, pool_, plan_, huge_pages),
+      queue_([this] { pool_.adopt_this_thread(); }, pool_.spin(), pool_.waiter_spin()) {
+  try_gigabyte_pages();
+} catch (const std::system_error& error) {
+  throw ConfigurationError(std::string("the system refused to start the threads: ") + error.what() +
+                           "; ask for fewer, or raise the limits on processes and memory");
+}
+
+// By every thread, even when there are none to try: then all are known to be up and pinned.
+void Experts::try_gigabyte_pages() {
+  Shares shares(pool_.nodes());
+  const auto try_pages = [&](int, int worker) {
+    const int node = pool_.node_of(worker);
+    Arena& arena = weights_.arena(node);
+    const int64_t total = static_cast<int64_t>(arena.gigabytes_to_try());
+    for (int64_t page; shares.claim(node, total, 1, &page);) arena.try_gigabyte_page(page);
+  };
+  queue_.submit([&] { pool_.run(1, try_pages, false); })->wait();
+}
+
+int Experts::gigabyte_pages() const {
+  int pages = 0;
+  for (int node = 0; node < weights_.nodes(); ++node)
+    pages += weights_.arena(node).gigabyte_pages();
+  return pages;
+}
+
+std::vector<std::string> Experts::troubles() const {
+  std::vector<std::string> troubles;
+  const auto add = [&](const std::string& trouble) {
+    if (!trouble.empty()) troubles.push_back(trouble);
+  };
+  add(plan_.trouble);
+  for (int node = 0; node < weights_.nodes(); ++node) add(weights_.arena(node).trouble());
+  if (pool_.unpinned() > 0) {
+    add("the system refused to pin " + std::to_string(pool_.unpinned()) + " of " +
+        std::to_string(threads()) + " threads to their CPUs, which is slower");
+  }
+  return troubles;
+}
 
 bool Experts::belongs_to_this_process() const { return getpid() == process_; }
 
-void Experts::check_location(int64_t layer, int64_t expert) const {
-  if (layer < 0 || layer >= shape_.num_layers) {
-    throw std::invalid_argument("layer slot " + std::to_string(layer) + ": expected 0 to " +
-                                std::to_string(shape_.num_layers - 1));
-  }
-  if (expert < 0 || expert >= shape_.num_experts) {
-    throw std::invalid_argument("expert " + std::to_string(expert) + ": expected 0 to " +
-                                std::to_string(shape_.num_experts - 1));
-  }
+void Experts::check_process() const {
+  if (belongs_to_this_process()) return;
+  throw StateError(
+      "these experts belong to the parent process; create them after fork, not before");
 }
 
-uint8_t* Experts::expert_data(int64_t layer, int64_t expert) const {
-  return weights_.data() + (layer * shape_.num_experts + expert) * expert_bytes_.total;
+void Experts::check_location(int64_t layer, int64_t expert) const {
+  if (layer < 0 || layer >= weights_.shape().num_layers) {
+    throw std::invalid_argument("layer slot " + std::to_string(layer) + ": expected 0 to " +
+                                std::to_string(weights_.shape().num_layers - 1));
+  }
+  if (expert < 0 || expert >= weights_.shape().num_experts) {
+    throw std::invalid_argument("expert " + std::to_string(expert) + ": expected 0 to " +
+                                std::to_string(weights_.shape().num_experts - 1));
+  }
 }
 
 std::atomic<uint8_t>& Experts::load_state(int64_t layer, int64_t expert) const {
-  return load_states_[layer * shape_.num_experts + expert];
+  return load_states_[layer * weights_.shape().num_experts + expert];
 }
 
 void Experts::load(int64_t layer, int64_t expert, const ExpertMatrices& matrices) {
+  check_process();
   check_location(layer, expert);
   uint8_t expected = kEmpty;
   if (!load_state(layer, expert).compare_exchange_strong(expected, kLoading)) {
     throw StateError("layer slot " + std::to_string(layer) + ", expert " + std::to_string(expert) +
                      " was loaded before");
   }
-  uint8_t* data = expert_data(layer, expert);
-  pack_strips({matrices.gate, 0, kPanelRows}, {matrices.up, 0, kPanelRows},
-              strips_of_gate_up(shape_), shape_.hidden, data);
-  pack_strips({matrices.down, 0, kStripRows}, {matrices.down, kPanelRows, kStripRows},
-              strips_of_down(shape_), shape_.intermediate, data + expert_bytes_.gate_up);
+  constexpr int64_t kStripsPerShare = 4;
+  Shares shares(pool_.nodes());
+  const auto pack_shares = [&](int, int worker) {
+    const int node = pool_.node_of(worker);
+    const int64_t strips = weights_.slice(node).strips();
+    for (int64_t begin; shares.claim(node, strips, kStripsPerShare, &begin);) {
+      weights_.pack(node, layer, expert, matrices, begin,
+                    std::min(begin + kStripsPerShare, strips));
+    }
+  };
+  queue_.submit([&] { pool_.run(1, pack_shares, false); })->wait();
   load_state(layer, expert).store(kLoaded, std::memory_order_release);
 }
 
@@ -120,20 +143,11 @@ void Experts::dequantise(int64_t layer, int64_t expert, float* gate, float* up, 
     throw StateError("layer slot " + std::to_string(layer) + ", expert " + std::to_string(expert) +
                      " is not loaded");
   }
-  const uint8_t* data = expert_data(layer, expert);
-  unpack_strips(data, 0, strips_of_gate_up(shape_), shape_.hidden, {gate, 0, kPanelRows});
-  unpack_strips(data, 1, strips_of_gate_up(shape_), shape_.hidden, {up, 0, kPanelRows});
-  for (int panel = 0; panel < 2; ++panel) {
-    unpack_strips(data + expert_bytes_.gate_up, panel, strips_of_down(shape_), shape_.intermediate,
-                  {down, panel * kPanelRows, kStripRows});
-  }
+  weights_.unpack(layer, expert, gate, up, down);
 }
 
 void Experts::check_call(const LayerCall& call) const {
-  if (!belongs_to_this_process()) {
-    throw StateError(
-        "these experts belong to the parent process; create them after fork, not before");
-  }
+  check_process();
   if (call.num_tokens < 0 || call.top_k < 0) {
     throw std::invalid_argument("tokens and top_k must not be negative");
   }
@@ -141,10 +155,10 @@ void Experts::check_call(const LayerCall& call) const {
   for (int64_t i = 0; i < call.num_tokens * call.top_k; ++i) {
     const int32_t expert = call.expert_ids[i];
     if (expert == -1) continue;
-    if (expert < 0 || expert >= shape_.num_experts) {
+    if (expert < 0 || expert >= weights_.shape().num_experts) {
       throw std::invalid_argument("token " + std::to_string(i / call.top_k) + ": expert id " +
                                   std::to_string(expert) + ", expected -1 to " +
-                                  std::to_string(shape_.num_experts - 1));
+                                  std::to_string(weights_.shape().num_experts - 1));
     }
     if (load_state(call.layer, expert).load(std::memory_order_acquire) != kLoaded) {
       throw StateError("token " + std::to_string(i / call.top_k) + ": layer slot " +
@@ -156,21 +170,24 @@ void Experts::check_call(const LayerCall& call) const {
 
 Ticket Experts::submit(const LayerCall& call) {
   check_call(call);
-  return queue_.submit([this, call] { runner_.run(call, expert_data(call.layer, 0)); });
+  return queue_.submit([this, call] { runner_.run(call); });
 }
 
 double Experts::read_weights_seconds(int loop) {
+  check_process();
   if (loop < 0 || loop >= kNumReadLoops) throw std::invalid_argument("no such read loop");
   double seconds = 0;
   const Ticket ticket = queue_.submit([this, loop, &seconds] {
-    // Shares are claimed like those of a layer: a thread that is interrupted does not hold up all.
-    constexpr size_t kShareBytes = size_t{1} << 20;
-    std::atomic<size_t> next{0};
+    constexpr int64_t kShareBytes = int64_t{1} << 20;
+    Shares shares(pool_.nodes());
     std::atomic<uint64_t> seen{0};
     const auto begin = std::chrono::steady_clock::now();
-    const auto read_shares = [&](int, int) {
-      for (size_t at; (at = next.fetch_add(kShareBytes)) + kShareBytes <= weights_.bytes();) {
-        seen.fetch_xor(read_all(loop, weights_.data() + at, kShareBytes));
+    const auto read_shares = [&](int, int worker) {
+      const int node = pool_.node_of(worker);
+      const Arena& arena = weights_.arena(node);
+      const int64_t whole_shares = static_cast<int64_t>(arena.bytes()) / kShareBytes * kShareBytes;
+      for (int64_t at; shares.claim(node, whole_shares, kShareBytes, &at);) {
+        seen.fetch_xor(read_all(loop, arena.data() + at, kShareBytes));
       }
     };
     pool_.run(1, read_shares, false);
@@ -181,6 +198,7 @@ double Experts::read_weights_seconds(int loop) {
 }
 
 double Experts::arithmetic_roof(Precision precision) {
+  check_process();
   const ActivationKernels& kernels =
       precision == Precision::kBf16 ? *kernels_.bf16 : *kernels_.fp32;
   if (kernels.arithmetic_roof == nullptr) return 0;

@@ -8,37 +8,39 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
-#include "arena.h"
 #include "dispatch.h"
 #include "job_queue.h"
 #include "layer_runner.h"
-#include "panel.h"
 #include "thread_pool.h"
+#include "topology.h"
+#include "weights.h"
 
 namespace hybridk2 {
 
-struct ExpertMatrices {
-  PackedMatrix gate;  // (intermediate, hidden)
-  PackedMatrix up;    // (intermediate, hidden)
-  PackedMatrix down;  // (hidden, intermediate)
-};
-
 class Experts {
  public:
-  // isa: "" for HYBRIDK2_ISA or the fastest. threads: 0 for one per usable core. Throws
-  // std::invalid_argument, ConfigurationError, OutOfMemoryError.
-  Experts(const ExpertsShape& shape, const std::string& isa, int threads, bool huge_pages);
+  // isa: "" for HYBRIDK2_ISA or the fastest. threads: 0 for one per usable core. nodes: each holds
+  // and computes a slice of every expert. Throws std::invalid_argument, ConfigurationError,
+  // OutOfMemoryError.
+  Experts(const ExpertsShape& shape, const std::string& isa, int threads, bool huge_pages,
+          const std::vector<Node>& nodes = usable_nodes());
 
   const char* isa() const { return kernels_.isa; }
   int threads() const { return pool_.threads(); }
-  bool huge_pages() const { return weights_.huge_pages(); }
-  int64_t weight_bytes() const { return static_cast<int64_t>(weights_.bytes()); }
-  const ExpertsShape& shape() const { return shape_; }
+  const std::vector<int>& threads_of_node() const { return plan_.threads_of_node; }
+  bool huge_pages() const { return weights_.arena(0).huge_pages(); }
+  // Of the weights' memory.
+  int gigabyte_pages() const;
+  int64_t weight_bytes() const { return weights_.bytes(); }
+  // What was wanted and not had, though everything works: a line each.
+  std::vector<std::string> troubles() const;
   // False in a child of fork(), which has none of the threads.
   bool belongs_to_this_process() const;
 
-  // Repacks one expert. Any thread, different experts at the same time; each expert once.
+  // Repacks one expert, with all threads, each the part that its node computes. Any thread may call
+  // it, for different experts at the same time; each expert once.
   void load(int64_t layer, int64_t expert, const ExpertMatrices& matrices);
 
   // The weights as the panels hold them, dequantised: gate and up (intermediate, hidden), down
@@ -59,16 +61,16 @@ class Experts {
   double arithmetic_roof(Precision precision);
 
  private:
+  void check_process() const;
   void check_location(int64_t layer, int64_t expert) const;
   void check_call(const LayerCall& call) const;
-  uint8_t* expert_data(int64_t layer, int64_t expert) const;
+  void try_gigabyte_pages();
   std::atomic<uint8_t>& load_state(int64_t layer, int64_t expert) const;
 
-  ExpertsShape shape_;
   KernelTable kernels_;
-  ExpertBytes expert_bytes_;
+  ThreadPlan plan_;
   pid_t process_;
-  Arena weights_;
+  Weights weights_;
   std::unique_ptr<std::atomic<uint8_t>[]> load_states_;
   ThreadPool pool_;
   LayerRunner runner_;

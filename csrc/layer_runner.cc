@@ -10,6 +10,10 @@
 // sum: in small calls only: every token's partial outputs, in ascending expert id.
 //
 // Both forms of down add the same numbers in the same order, so they agree bit for bit.
+//
+// Every node has its own strips (weights.h) and its own queues of them, from which only its threads
+// take; activations are shared, and so is the work of gathering them. A node's rows of the output
+// are summed where their partial outputs were written.
 #include "layer_runner.h"
 
 #include <algorithm>
@@ -73,7 +77,6 @@ bool ItemQueue::claim(int64_t* begin, int64_t* end) {
 // What the workers share while they run one pass; written by worker 0 before the region.
 struct LayerRunner::Pass {
   LayerCall call;  // this pass's tokens only
-  const uint8_t* layer_weights;
   const ActivationKernels* kernels;
   Routing routing;
   bool rows_as_inputs =
@@ -85,9 +88,7 @@ struct LayerRunner::Pass {
   float* partials = nullptr;
   int64_t input_elements = 0;  // of one slot: hidden or intermediate, padded to whole blocks
   int64_t middle_elements = 0;
-  int64_t gate_up_strips = 1;  // per item
-  int64_t down_strips = 1;
-  ItemQueue gather_items, gate_up_items, down_items, sum_items;
+  ItemQueue gather_items;
 
   const void* row(int64_t slot, int64_t hidden) const {
     return static_cast<const uint8_t*>(call.x) +
@@ -95,23 +96,33 @@ struct LayerRunner::Pass {
   }
 };
 
-LayerRunner::LayerRunner(const ExpertsShape& shape, const ExpertBytes& expert_bytes,
-                         const KernelTable& kernels, ThreadPool& pool, bool huge_pages)
-    : shape_(shape),
-      expert_bytes_(expert_bytes),
+LayerRunner::LayerRunner(const Weights& weights, const KernelTable& kernels, ThreadPool& pool,
+                         const ThreadPlan& plan, bool huge_pages)
+    : weights_(weights),
+      shape_(weights.shape()),
       kernels_(kernels),
       pool_(pool),
-      scratch_("the workers' scratch", kWorkerBytes * pool.threads(), huge_pages),
+      work_(plan.nodes.size()),
       inputs_("gathered activations", huge_pages),
       intermediates_("SwiGLU results", huge_pages),
-      partials_("expert outputs", huge_pages) {}
+      partials_("expert outputs", huge_pages) {
+  int first_worker = 0;
+  for (size_t node = 0; node < plan.nodes.size(); ++node) {
+    const int threads = plan.threads_of_node[node];
+    scratch_.push_back(std::make_unique<Arena>("the workers' scratch", kWorkerBytes * threads,
+                                               huge_pages, plan.nodes[node].number));
+    first_worker_.push_back(first_worker);
+    first_worker += threads;
+  }
+}
 
 LayerRunner::WorkerScratch LayerRunner::scratch(int worker) const {
-  uint8_t* begin = scratch_.data() + kWorkerBytes * worker;
+  const int node = pool_.node_of(worker);
+  uint8_t* begin = scratch_[node]->data() + kWorkerBytes * (worker - first_worker_[node]);
   return {reinterpret_cast<float*>(begin), begin + kSumsBytes};
 }
 
-void LayerRunner::run(const LayerCall& call, const uint8_t* layer_weights) {
+void LayerRunner::run(const LayerCall& call) {
   const int64_t slot_bytes =
       sizeof(uint32_t) * (padded(shape_.hidden) + padded(shape_.intermediate));
   const int64_t pass_tokens =
@@ -124,17 +135,16 @@ void LayerRunner::run(const LayerCall& call, const uint8_t* layer_weights) {
     part.weights += begin * call.top_k;
     part.out += begin * shape_.hidden;
     try {
-      run_pass(part, layer_weights);
+      run_pass(part);
     } catch (const std::bad_alloc&) {
       throw OutOfMemoryError("the routing of a layer", part.num_tokens * part.top_k * sizeof(Slot));
     }
   }
 }
 
-void LayerRunner::run_pass(const LayerCall& call, const uint8_t* layer_weights) {
+void LayerRunner::run_pass(const LayerCall& call) {
   Pass pass;
   pass.call = call;
-  pass.layer_weights = layer_weights;
   plan(pass);
   std::array<std::function<void(int)>, 4> phases;
   int num_phases = 0;
@@ -142,7 +152,7 @@ void LayerRunner::run_pass(const LayerCall& call, const uint8_t* layer_weights) 
   phases[num_phases++] = [&](int worker) { gate_and_up(pass, worker); };
   if (pass.partial) {
     phases[num_phases++] = [&](int worker) { down_to_partials(pass, worker); };
-    phases[num_phases++] = [&](int) { sum_partials(pass); };
+    phases[num_phases++] = [&](int worker) { sum_partials(pass, worker); };
   } else {
     phases[num_phases++] = [&](int worker) { down_to_output(pass, worker); };
   }
@@ -177,15 +187,24 @@ void LayerRunner::plan(Pass& pass) {
   }
 
   const int64_t multiplications = num_slots * 3 * shape_.hidden * shape_.intermediate;
-  pass.alone = num_runs * expert_bytes_.total + multiplications / 8 < kAloneWork;
-  const int threads = pass.alone ? 1 : pool_.threads();
-  const int64_t gate_up = strips_of_gate_up(shape_), down = strips_of_down(shape_);
-  pass.gate_up_strips = strips_per_item(gate_up * num_runs, threads);
-  pass.down_strips = strips_per_item(pass.partial ? down * num_runs : down, threads);
-  pass.gather_items.reset(num_runs, threads);
-  pass.gate_up_items.reset(num_runs * ceil_div(gate_up, pass.gate_up_strips), threads);
-  pass.down_items.reset((pass.partial ? num_runs : 1) * ceil_div(down, pass.down_strips), threads);
-  pass.sum_items.reset(down, threads);
+  // On several nodes nobody is alone: each has weights that the others must not read.
+  pass.alone =
+      pool_.nodes() == 1 && num_runs * weights_.slice(0).bytes + multiplications / 8 < kAloneWork;
+  pass.gather_items.reset(num_runs, pass.alone ? 1 : pool_.threads());
+  for (int node = 0; node < pool_.nodes(); ++node) plan_node(pass, node);
+}
+
+void LayerRunner::plan_node(const Pass& pass, int node) {
+  NodeWork& work = work_[node];
+  const ExpertSlice& slice = weights_.slice(node);
+  const int64_t num_runs = static_cast<int64_t>(pass.routing.runs.size());
+  const int64_t down_runs = pass.partial ? num_runs : 1;
+  const int threads = pass.alone ? 1 : pool_.threads_of_node(node);
+  work.gate_up_strips = strips_per_item(slice.gate_up.count * num_runs, threads);
+  work.down_strips = strips_per_item(slice.down.count * down_runs, threads);
+  work.gate_up_items.reset(num_runs * ceil_div(slice.gate_up.count, work.gate_up_strips), threads);
+  work.down_items.reset(down_runs * ceil_div(slice.down.count, work.down_strips), threads);
+  work.sum_items.reset(slice.down.count, threads);
 }
 
 void LayerRunner::gather_inputs(Pass& pass) const {
@@ -206,19 +225,22 @@ void LayerRunner::gather_inputs(Pass& pass) const {
   }
 }
 
-void LayerRunner::gate_and_up(Pass& pass, int worker) const {
+void LayerRunner::gate_and_up(Pass& pass, int worker) {
   const WorkerScratch mine = scratch(worker);
-  const int64_t strips = strips_of_gate_up(shape_);
-  const int64_t items_per_run = ceil_div(strips, pass.gate_up_strips);
+  const int node = pool_.node_of(worker);
+  NodeWork& work = work_[node];
+  const StripRange strips = weights_.slice(node).gate_up;
+  const int64_t items_per_run = ceil_div(strips.count, work.gate_up_strips);
   const int64_t strip_bytes = blocks_of(shape_.hidden) * kStripBlockBytes;
   const int64_t padding = padded(shape_.intermediate) - shape_.intermediate;
-  for (int64_t item, end; pass.gate_up_items.claim(&item, &end);) {
+  for (int64_t item, end; work.gate_up_items.claim(&item, &end);) {
     for (; item < end; ++item) {
       const ExpertRun& run = pass.routing.runs[item / items_per_run];
-      const int64_t first = item % items_per_run * pass.gate_up_strips;
-      const int64_t count = std::min(pass.gate_up_strips, strips - first);
+      const int64_t in_slice = item % items_per_run * work.gate_up_strips;
+      const int64_t count = std::min(work.gate_up_strips, strips.count - in_slice);
+      const int64_t first = strips.first + in_slice;
       const uint8_t* weights =
-          pass.layer_weights + run.expert * expert_bytes_.total + first * strip_bytes;
+          weights_.gate_up(node, pass.call.layer, run.expert) + in_slice * strip_bytes;
       for (int64_t begin = 0; begin < run.num_tokens; begin += kTokensPerBlock) {
         const int64_t slot = run.first_slot + begin;
         const int64_t tokens = std::min(kTokensPerBlock, run.num_tokens - begin);
@@ -232,7 +254,7 @@ void LayerRunner::gate_and_up(Pass& pass, int worker) const {
                                 (first + s) * kPanelRows, padded(shape_.intermediate),
                                 pass.call.precision == Precision::kBf16, outputs});
         }
-        if (padding == 0 || first + count < strips) continue;
+        if (padding == 0 || first + count < strips_of_gate_up(shape_)) continue;
         const int64_t elements = shape_.intermediate / pass.kernels->columns_per_element;
         const int64_t tile_tokens = pass.kernels->tokens_per_tile;
         for (int64_t tile = 0; tile < tokens; tile += tile_tokens) {
@@ -245,18 +267,22 @@ void LayerRunner::gate_and_up(Pass& pass, int worker) const {
   }
 }
 
-void LayerRunner::down_to_partials(Pass& pass, int worker) const {
+void LayerRunner::down_to_partials(Pass& pass, int worker) {
   const WorkerScratch mine = scratch(worker);
-  const int64_t strips = strips_of_down(shape_);
-  const int64_t items_per_run = ceil_div(strips, pass.down_strips);
+  const int node = pool_.node_of(worker);
+  NodeWork& work = work_[node];
+  const StripRange strips = weights_.slice(node).down;
+  const int64_t items_per_run = ceil_div(strips.count, work.down_strips);
   const int64_t num_blocks = blocks_of(shape_.intermediate);
-  for (int64_t item, end; pass.down_items.claim(&item, &end);) {
+  const int64_t strip_bytes = num_blocks * kStripBlockBytes;
+  for (int64_t item, end; work.down_items.claim(&item, &end);) {
     for (; item < end; ++item) {
       const ExpertRun& run = pass.routing.runs[item / items_per_run];
-      const int64_t first = item % items_per_run * pass.down_strips;
-      const int64_t count = std::min(pass.down_strips, strips - first);
-      const uint8_t* weights = pass.layer_weights + run.expert * expert_bytes_.total +
-                               expert_bytes_.gate_up + first * num_blocks * kStripBlockBytes;
+      const int64_t in_slice = item % items_per_run * work.down_strips;
+      const int64_t count = std::min(work.down_strips, strips.count - in_slice);
+      const int64_t first = strips.first + in_slice;
+      const uint8_t* weights =
+          weights_.down(node, pass.call.layer, run.expert) + in_slice * strip_bytes;
       for (int64_t begin = 0; begin < run.num_tokens; begin += kTokensPerBlock) {
         const int64_t slot = run.first_slot + begin;
         const int64_t tokens = std::min(kTokensPerBlock, run.num_tokens - begin);
@@ -274,10 +300,12 @@ void LayerRunner::down_to_partials(Pass& pass, int worker) const {
   }
 }
 
-void LayerRunner::sum_partials(Pass& pass) const {
+void LayerRunner::sum_partials(Pass& pass, int worker) {
   const Routing& routing = pass.routing;
-  for (int64_t strip, end; pass.sum_items.claim(&strip, &end);) {
-    const int64_t first_row = strip * kStripRows;
+  const int node = pool_.node_of(worker);
+  const int64_t first_strip = weights_.slice(node).down.first;
+  for (int64_t strip, end; work_[node].sum_items.claim(&strip, &end);) {
+    const int64_t first_row = (first_strip + strip) * kStripRows;
     const int64_t num_rows = (end - strip) * kStripRows;
     for (int64_t token = 0; token < pass.call.num_tokens; ++token) {
       float* out = pass.call.out + token * shape_.hidden + first_row;
@@ -291,21 +319,24 @@ void LayerRunner::sum_partials(Pass& pass) const {
   }
 }
 
-void LayerRunner::down_to_output(Pass& pass, int worker) const {
+void LayerRunner::down_to_output(Pass& pass, int worker) {
   const WorkerScratch mine = scratch(worker);
-  const int64_t strips = strips_of_down(shape_);
+  const int node = pool_.node_of(worker);
+  NodeWork& work = work_[node];
+  const StripRange strips = weights_.slice(node).down;
   const int64_t num_blocks = blocks_of(shape_.intermediate);
-  for (int64_t item, end; pass.down_items.claim(&item, &end);) {
+  const int64_t strip_bytes = num_blocks * kStripBlockBytes;
+  for (int64_t item, end; work.down_items.claim(&item, &end);) {
     for (; item < end; ++item) {
-      const int64_t first = item * pass.down_strips;
-      const int64_t count = std::min(pass.down_strips, strips - first);
-      float* out = pass.call.out + first * kStripRows;
+      const int64_t in_slice = item * work.down_strips;
+      const int64_t count = std::min(work.down_strips, strips.count - in_slice);
+      float* out = pass.call.out + (strips.first + in_slice) * kStripRows;
       for (int64_t token = 0; token < pass.call.num_tokens; ++token) {
         std::memset(out + token * shape_.hidden, 0, sizeof(float) * count * kStripRows);
       }
       for (const ExpertRun& run : pass.routing.runs) {
-        const uint8_t* weights = pass.layer_weights + run.expert * expert_bytes_.total +
-                                 expert_bytes_.gate_up + first * num_blocks * kStripBlockBytes;
+        const uint8_t* weights =
+            weights_.down(node, pass.call.layer, run.expert) + in_slice * strip_bytes;
         for (int64_t begin = 0; begin < run.num_tokens; begin += kTokensPerBlock) {
           const int64_t slot = run.first_slot + begin;
           const int64_t tokens = std::min(kTokensPerBlock, run.num_tokens - begin);

@@ -1,5 +1,6 @@
-// One call: a layer's weighted sum over the experts of its tokens, by all threads of the pool.
-// Knows the panels and the kernels, not who asks nor where weights come from.
+// One call: a layer's weighted sum over the experts of its tokens, by all threads of the pool, each
+// with the weights of its own node. Knows the panels and the kernels, not who asks nor where
+// weights come from.
 #pragma once
 
 #include <array>
@@ -11,29 +12,11 @@
 #include "activations.h"
 #include "arena.h"
 #include "dispatch.h"
-#include "panel.h"
 #include "routing.h"
 #include "thread_pool.h"
+#include "weights.h"
 
 namespace hybridk2 {
-
-struct ExpertsShape {
-  int64_t num_layers;
-  int64_t num_experts;
-  int64_t hidden;        // multiple of 32
-  int64_t intermediate;  // multiple of 32
-};
-
-// An expert is its gate and up strips (one for 16 rows of both), then its down strips (32 rows).
-struct ExpertBytes {
-  int64_t gate_up;
-  int64_t total;
-};
-
-inline int64_t strips_of_gate_up(const ExpertsShape& shape) {
-  return shape.intermediate / kPanelRows;
-}
-inline int64_t strips_of_down(const ExpertsShape& shape) { return shape.hidden / kStripRows; }
 
 // The tensors of a call; they stay alive and unmodified until it is done.
 struct LayerCall {
@@ -62,12 +45,11 @@ class ItemQueue {
 
 class LayerRunner {
  public:
-  LayerRunner(const ExpertsShape& shape, const ExpertBytes& expert_bytes,
-              const KernelTable& kernels, ThreadPool& pool, bool huge_pages);
+  LayerRunner(const Weights& weights, const KernelTable& kernels, ThreadPool& pool,
+              const ThreadPlan& plan, bool huge_pages);
 
-  // Runs a call whose experts lie at layer_weights, one after the other. Only from the pool's
-  // worker 0. Throws OutOfMemoryError.
-  void run(const LayerCall& call, const uint8_t* layer_weights);
+  // Only from the pool's worker 0. Throws OutOfMemoryError.
+  void run(const LayerCall& call);
 
  private:
   struct Pass;
@@ -75,24 +57,33 @@ class LayerRunner {
     float* sums;
     uint8_t* unpacked;
   };
+  // What the threads of one node have to do in a pass: the strips that lie there.
+  struct alignas(kCacheLineBytes) NodeWork {
+    ItemQueue gate_up_items, down_items, sum_items;
+    int64_t gate_up_strips = 1;  // per item
+    int64_t down_strips = 1;
+  };
 
-  void run_pass(const LayerCall& call, const uint8_t* layer_weights);
+  void run_pass(const LayerCall& call);
   void plan(Pass& pass);
+  void plan_node(const Pass& pass, int node);
   void gather_inputs(Pass& pass) const;
-  void gate_and_up(Pass& pass, int worker) const;
-  void down_to_partials(Pass& pass, int worker) const;
-  void down_to_output(Pass& pass, int worker) const;
-  void sum_partials(Pass& pass) const;
+  void gate_and_up(Pass& pass, int worker);
+  void down_to_partials(Pass& pass, int worker);
+  void down_to_output(Pass& pass, int worker);
+  void sum_partials(Pass& pass, int worker);
   WorkerScratch scratch(int worker) const;
 
+  const Weights& weights_;
   ExpertsShape shape_;
-  ExpertBytes expert_bytes_;
   KernelTable kernels_;
   ThreadPool& pool_;
-  Arena scratch_;
-  GrowingBuffer inputs_;         // gathered activations of every slot
-  GrowingBuffer intermediates_;  // SwiGLU results of every slot
-  GrowingBuffer partials_;       // expert outputs of every slot, in small calls
+  std::vector<std::unique_ptr<Arena>> scratch_;  // of each node's workers
+  std::vector<int> first_worker_;                // of each node
+  std::vector<NodeWork> work_;                   // of each node
+  GrowingBuffer inputs_;                         // gathered activations of every slot
+  GrowingBuffer intermediates_;                  // SwiGLU results of every slot
+  GrowingBuffer partials_;                       // expert outputs of every slot, in small calls
 };
 
 }  // namespace hybridk2

@@ -4,102 +4,60 @@
 #include <sched.h>
 
 #include <algorithm>
-#include <fstream>
-#include <new>
-#include <set>
-#include <string>
 
 namespace hybridk2 {
 namespace {
 
-// The CPU and its hyper-threads, as the kernel writes them ("0,64"); its own number when unknown.
-std::string core_of(int cpu) {
-  std::ifstream file("/sys/devices/system/cpu/cpu" + std::to_string(cpu) +
-                     "/topology/thread_siblings_list");
-  std::string siblings;
-  return std::getline(file, siblings) ? siblings : std::to_string(cpu);
-}
-
-struct Cpus {
-  std::vector<int> first_of_core;
-  std::vector<int> siblings;
-};
-
-Cpus allowed_cpus() {
-  Cpus cpus;
-  // Room for 8192 CPUs: a smaller mask makes the call fail on a machine with more.
-  constexpr int kMaxCpus = 8192;
-  cpu_set_t* mask = CPU_ALLOC(kMaxCpus);
-  if (mask == nullptr) throw std::bad_alloc();
-  const size_t mask_bytes = CPU_ALLOC_SIZE(kMaxCpus);
+bool pin_this_thread(const std::vector<int>& cpus) {
+  const int end = *std::max_element(cpus.begin(), cpus.end()) + 1;
+  cpu_set_t* mask = CPU_ALLOC(end);
+  if (mask == nullptr) return false;
+  const size_t mask_bytes = CPU_ALLOC_SIZE(end);
   CPU_ZERO_S(mask_bytes, mask);
-  if (sched_getaffinity(0, mask_bytes, mask) == 0) {
-    std::set<std::string> cores;
-    for (int cpu = 0; cpu < kMaxCpus; ++cpu) {
-      if (!CPU_ISSET_S(cpu, mask_bytes, mask)) continue;
-      (cores.insert(core_of(cpu)).second ? cpus.first_of_core : cpus.siblings).push_back(cpu);
-    }
-  }
+  for (const int cpu : cpus) CPU_SET_S(cpu, mask_bytes, mask);
+  const int error = pthread_setaffinity_np(pthread_self(), mask_bytes, mask);
   CPU_FREE(mask);
-  if (cpus.first_of_core.empty()) cpus.first_of_core.push_back(0);
-  return cpus;
-}
-
-// Failing to pin costs speed, not correctness: a container may forbid it.
-void pin_this_thread(int cpu) {
-  cpu_set_t* mask = CPU_ALLOC(cpu + 1);
-  if (mask == nullptr) return;
-  const size_t mask_bytes = CPU_ALLOC_SIZE(cpu + 1);
-  CPU_ZERO_S(mask_bytes, mask);
-  CPU_SET_S(cpu, mask_bytes, mask);
-  pthread_setaffinity_np(pthread_self(), mask_bytes, mask);
-  CPU_FREE(mask);
+  return error == 0;
 }
 
 }  // namespace
 
-std::vector<int> usable_cpus() {
-  Cpus cpus = allowed_cpus();
-  cpus.first_of_core.insert(cpus.first_of_core.end(), cpus.siblings.begin(), cpus.siblings.end());
-  return cpus.first_of_core;
-}
-
-int usable_cores() { return static_cast<int>(allowed_cpus().first_of_core.size()); }
-
-ThreadPool::ThreadPool(int threads) : threads_(threads), cpus_(usable_cpus()) {
-  constexpr std::chrono::microseconds kNoSpin{0};
-  const int num_cpus = static_cast<int>(cpus_.size());
-  const bool a_cpu_each = threads <= num_cpus;
-  spin_ = a_cpu_each ? kSpin : kNoSpin;
-  waiter_spin_ = threads < num_cpus ? kSpin : kNoSpin;
-  if (!a_cpu_each) cpus_.clear();
+ThreadPool::ThreadPool(const ThreadPlan& plan)
+    : places_(plan.workers),
+      threads_of_node_(plan.threads_of_node),
+      spin_(plan.a_cpu_each ? kSpin : kSpin.zero()),
+      waiter_spin_(plan.cpus_to_spare ? kSpin : kSpin.zero()),
+      arrived_(plan.nodes.size()) {
   try {
-    for (int worker = 1; worker < threads; ++worker) {
+    for (int worker = 1; worker < threads(); ++worker) {
       followers_.emplace_back([this, worker] { follow(worker); });
     }
   } catch (...) {
-    stop_.store(true);
-    region_bell_.ring();
-    for (std::thread& follower : followers_) follower.join();
+    join();
     throw;
   }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { join(); }
+
+void ThreadPool::join() {
   stop_.store(true);
   region_bell_.ring();
   for (std::thread& follower : followers_) follower.join();
 }
 
-void ThreadPool::adopt_this_thread() {
-  if (!cpus_.empty()) pin_this_thread(cpus_[0]);
+void ThreadPool::adopt_this_thread() { pin(0); }
+
+// Failing costs speed, not correctness: a container may forbid it.
+void ThreadPool::pin(int worker) {
+  if (!pin_this_thread(places_[worker].cpus)) unpinned_.fetch_add(1);
 }
 
 // region_number_ grows by a sequentially consistent store after body_ and num_phases_ are written,
 // and followers read them after loading the grown number: release and acquire. Nobody writes them
 // again before the region's last barrier, which every follower crosses after its last use of them.
 void ThreadPool::run(int num_phases, const Body& body, bool alone) {
-  if (alone || threads_ == 1) {
+  if (alone || threads() == 1) {
     for (int phase = 0; phase < num_phases; ++phase) body(phase, 0);
     return;
   }
@@ -117,7 +75,7 @@ void ThreadPool::run(int num_phases, const Body& body, bool alone) {
 }
 
 void ThreadPool::follow(int worker) {
-  if (!cpus_.empty()) pin_this_thread(cpus_[worker]);
+  pin(worker);
   uint64_t seen = 0;
   for (;;) {
     region_bell_.wait([&] { return region_number_.load() != seen || stop_.load(); }, spin_);
@@ -139,21 +97,27 @@ void ThreadPool::run_phases(int worker, int num_phases, const Body& body) {
       if (error_ == nullptr) error_ = std::current_exception();
       failed_.store(true);
     }
-    cross_barrier();
+    cross_barrier(worker);
   }
 }
 
-// The last to arrive clears the count, then lets the others go by changing barrier_number_. A
-// worker can arrive at the next barrier only after it has seen that change, hence after the count
-// was cleared. What a worker wrote before the barrier is released by its fetch_add and acquired
-// through the last one's; everybody else acquires it from barrier_number_.
-void ThreadPool::cross_barrier() {
+// The last of a node to arrive clears the node's count, the last of those clears the nodes' and
+// lets everybody go by changing barrier_number_. A worker can arrive at the next barrier only after
+// it has seen that change, hence after the counts were cleared. What a worker wrote before the
+// barrier is released by its fetch_add and acquired through the last ones'; everybody else acquires
+// it from barrier_number_.
+void ThreadPool::cross_barrier(int worker) {
   const uint64_t number = barrier_number_.load();
-  if (arrived_.fetch_add(1) + 1 == threads_) {
-    arrived_.store(0);
-    barrier_number_.store(number + 1);
-    barrier_bell_.ring();
-    return;
+  const int node = node_of(worker);
+  std::atomic<int>& arrived = arrived_[node].threads;
+  if (arrived.fetch_add(1) + 1 == threads_of_node_[node]) {
+    arrived.store(0);
+    if (nodes_arrived_.fetch_add(1) + 1 == nodes()) {
+      nodes_arrived_.store(0);
+      barrier_number_.store(number + 1);
+      barrier_bell_.ring();
+      return;
+    }
   }
   barrier_bell_.wait([&] { return barrier_number_.load() != number; }, spin_);
 }

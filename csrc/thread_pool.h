@@ -1,5 +1,5 @@
-// Persistent workers, one per core, that run one parallel region at a time. Knows nothing of
-// experts.
+// Persistent workers, pinned to the CPUs of their NUMA nodes, that run one parallel region at a
+// time. Knows nothing of experts.
 #pragma once
 
 #include <atomic>
@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "doorbell.h"
+#include "topology.h"
 
 namespace hybridk2 {
 
@@ -18,21 +19,26 @@ namespace hybridk2 {
 // step lie some tens of microseconds; a sleeping thread costs about as much again to wake.
 constexpr std::chrono::microseconds kSpin{50};
 
-// One CPU per physical core that this thread may run on, in ascending order, then their siblings.
-std::vector<int> usable_cpus();
-// The number of physical cores among them.
-int usable_cores();
+// Data that different cores write lies this far apart: two lines, as processors fetch them in
+// pairs.
+constexpr size_t kCacheLineBytes = 128;
 
 class ThreadPool {
  public:
-  // threads: workers, the caller of run() included, so threads - 1 are started. Each is pinned to a
-  // CPU of its own when there are enough; otherwise none is pinned and none spins.
-  explicit ThreadPool(int threads);
+  // The caller of run() is the plan's first worker; the others are started. Each is pinned to the
+  // CPUs that the plan gives it; they spin only when each has one of its own. Throws
+  // std::system_error when there cannot be so many.
+  explicit ThreadPool(const ThreadPlan& plan);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  int threads() const { return threads_; }
+  int threads() const { return static_cast<int>(places_.size()); }
+  int nodes() const { return static_cast<int>(threads_of_node_.size()); }
+  int threads_of_node(int node) const { return threads_of_node_[node]; }
+  int node_of(int worker) const { return places_[worker].node; }
+  // Workers that the system refused to pin; complete after a first region.
+  int unpinned() const { return unpinned_.load(); }
   std::chrono::microseconds spin() const { return spin_; }
   // For a thread that waits for the pool: it spins only when a CPU is left beside the workers'.
   std::chrono::microseconds waiter_spin() const { return waiter_spin_; }
@@ -48,10 +54,12 @@ class ThreadPool {
  private:
   void follow(int worker);
   void run_phases(int worker, int num_phases, const Body& body);
-  void cross_barrier();
+  void cross_barrier(int worker);
+  void pin(int worker);
+  void join();
 
-  int threads_;
-  std::vector<int> cpus_;  // empty: not pinned
+  std::vector<WorkerPlace> places_;  // of each worker
+  std::vector<int> threads_of_node_;
   std::chrono::microseconds spin_;
   std::chrono::microseconds waiter_spin_;
   std::vector<std::thread> followers_;
@@ -63,13 +71,20 @@ class ThreadPool {
   std::atomic<bool> stop_{false};
   Doorbell region_bell_;
 
-  std::atomic<int> arrived_{0};
+  // Arrivals are counted on each node, then nodes: a line that every core of a machine writes in
+  // turn would travel between the sockets with each of them.
+  struct alignas(kCacheLineBytes) NodeArrivals {
+    std::atomic<int> threads{0};
+  };
+  std::vector<NodeArrivals> arrived_;
+  std::atomic<int> nodes_arrived_{0};
   std::atomic<uint64_t> barrier_number_{0};
   Doorbell barrier_bell_;
 
   std::atomic<bool> failed_{false};
   std::mutex error_mutex_;
   std::exception_ptr error_;
+  std::atomic<int> unpinned_{0};
 };
 
 }  // namespace hybridk2

@@ -23,7 +23,7 @@ from hybridk2.checkpoint import Checkpoint, locate_model
 from hybridk2.config import EngineConfig, K2Config
 from hybridk2.device import Device, select_device
 from hybridk2.errors import ConfigError, EngineError, HybridK2Error, RequestError
-from hybridk2.experts.host import HostExperts
+from hybridk2.experts.host import HostExperts, reserved_page_bytes, usable_cores
 from hybridk2.experts.loading import LoadProgress, check_memory, load_experts
 from hybridk2.experts.router import AsyncRouter
 from hybridk2.kv_cache import PAGE_TOKENS, CacheSequence, PagedLatentCache
@@ -126,13 +126,16 @@ class Engine:
         chunk_tokens = -(-choices.prefill_chunk_tokens // PAGE_TOKENS) * PAGE_TOKENS
         dtype = getattr(torch, choices.dtype)
         cache_tokens = choices.kv_cache_tokens or 2 * context_tokens
+        available_bytes = psutil.virtual_memory().available
+        if choices.huge_pages:
+            available_bytes += min(reserved_page_bytes(), checkpoint.expert_bytes)
         check_memory(
             checkpoint,
-            psutil.virtual_memory().available,
+            available_bytes,
             dense_bytes=_dense_bytes(checkpoint, dtype),
             cache_bytes=PagedLatentCache.bytes_for(config, cache_tokens, dtype),
         )
-        threads = choices.threads or psutil.cpu_count(logical=False) or 1
+        threads = choices.threads or usable_cores()
         torch.set_num_threads(_dense_threads(checkpoint, threads))
         experts = HostExperts(
             config.num_moe_layers,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -76,6 +78,52 @@ def test_bits_do_not_depend_on_the_number_of_threads(layer: RandomLayer) -> None
             assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("isa", runnable_isas())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_bits_do_not_depend_on_the_number_of_numa_nodes(
+    layer: RandomLayer, isa: str, dtype: torch.dtype
+) -> None:
+    # 7 strips of down and 6 of gate and up on up to 8 nodes: uneven, and some nodes have none.
+    calls = [
+        (random_activations(n, HIDDEN, dtype, seed=n), *random_routing(n, EXPERTS, TOP_K))
+        for n in (0, 1, 4, 40, 300)
+    ]
+    with loaded(layer, isa=isa, threads=2) as experts:
+        assert experts.threads_of_node == (2,)
+        expected = [compute(experts, *call) for call in calls]
+        weight_bytes = experts.weight_bytes
+    for nodes, threads in ((2, 2), (3, 3), (3, 7), (6, 6), (8, 8)):
+        with loaded(layer, isa=isa, threads=threads, simulated_nodes=nodes) as experts:
+            assert len(experts.threads_of_node) == nodes
+            assert sum(experts.threads_of_node) == threads
+            assert experts.weight_bytes == weight_bytes
+            for call, result in zip(calls, expected, strict=True):
+                assert torch.equal(compute(experts, *call), result), f"{nodes} nodes"
+
+
+def test_an_expert_is_whole_when_it_lies_on_several_nodes(layer: RandomLayer) -> None:
+    for nodes in (1, 2, 3, 8):
+        with loaded(layer, threads=8, simulated_nodes=nodes) as experts:
+            for number in range(EXPERTS):
+                found = experts.expert_weights(0, number)
+                for matrix, expected in zip(found, layer.dense(number), strict=True):
+                    assert torch.equal(matrix.double(), expected), f"{nodes} nodes"
+
+
+def test_weights_take_four_and_a_half_bits_on_any_number_of_nodes() -> None:
+    for nodes in (1, 2, 3, 6):
+        with HostExperts(60, 3, 7168, 2048, threads=6, simulated_nodes=nodes) as experts:
+            assert experts.weight_bytes * 8 == 4.5 * 60 * 3 * 3 * 7168 * 2048
+
+
+def test_fewer_threads_than_numa_nodes_work_as_on_one_and_say_so(
+    layer: RandomLayer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with loaded(layer, threads=2, simulated_nodes=3) as experts:
+        assert experts.threads_of_node == (2,)
+    assert "too few threads for one on each of 3 NUMA nodes" in caplog.text
+
+
 def test_a_call_too_large_for_one_pass_is_cut_without_a_trace() -> None:
     # 8 experts of 32 columns each in fp32: passes hold 131,072 tokens.
     layer = RandomLayer(8, 32, 32)
@@ -131,6 +179,28 @@ def test_a_token_that_is_not_finite_spoils_only_itself(
             assert not spoilt[1].isfinite().any()
             others = [t for t in range(tokens) if t != 1]
             assert torch.equal(spoilt[others], clean[others])
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_routing_weight_that_is_not_finite_spoils_only_its_token(
+    layer: RandomLayer, poison: float
+) -> None:
+    with loaded(layer, threads=2) as experts:
+        for tokens in (3, 300):
+            x = random_activations(tokens, HIDDEN, torch.bfloat16)
+            ids, weights = random_routing(tokens, EXPERTS, TOP_K)
+            clean = compute(experts, x, ids, weights)
+            weights[1, 0] = poison
+            spoilt = compute(experts, x, ids, weights)
+            assert not spoilt[1].isfinite().any()
+            others = [t for t in range(tokens) if t != 1]
+            assert torch.equal(spoilt[others], clean[others])
+
+
+def test_no_tokens_have_no_rows(layer: RandomLayer) -> None:
+    with loaded(layer, threads=2) as experts:
+        none = torch.empty(0, TOP_K)
+        assert compute(experts, torch.empty(0, HIDDEN), none.int(), none).shape == (0, HIDDEN)
 
 
 def refused(experts: HostExperts, message: str, **changes: torch.Tensor | int) -> None:
@@ -235,6 +305,26 @@ assert torch.equal(experts.wait(experts.submit(0, *small)), before)
     assert "no memory for gathered activations: " in run.stdout
 
 
+def test_threads_that_the_system_refuses_are_a_mistake_that_is_explained() -> None:
+    program = """
+import resource
+from hybridk2.errors import ConfigError
+from hybridk2.experts.host import HostExperts
+status = dict(line.split(":") for line in open("/proc/self/status"))
+limit = int(status["VmSize"].split()[0]) * 1024 + 100_000_000
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    HostExperts(1, 1, 64, 32, threads=200)
+except ConfigError as error:
+    print(error)
+HostExperts(1, 1, 64, 32, threads=2).close()
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "the system refused to start the threads: " in run.stdout
+    assert "ask for fewer" in run.stdout
+
+
 def test_many_threads_submit_and_load_at_once(layer: RandomLayer) -> None:
     calls = [
         (random_activations(n, HIDDEN, torch.bfloat16, seed=n), *random_routing(n, EXPERTS, TOP_K))
@@ -295,20 +385,32 @@ def test_a_ticket_may_be_dropped_with_its_tensors(layer: RandomLayer) -> None:
 
 
 def test_a_forked_child_is_refused_and_ends_and_the_parent_lives_on(layer: RandomLayer) -> None:
-    with loaded(layer, threads=2) as experts:
+    with HostExperts(2, EXPERTS, HIDDEN, INTERMEDIATE, threads=2) as experts:
+        layer.load_into(experts)
         x = random_activations(3, HIDDEN, torch.float32)
         ids, weights = random_routing(3, EXPERTS, TOP_K)
         before = compute(experts, x, ids, weights)
+        need_threads: list[Callable[[], object]] = [
+            lambda: experts.submit(0, x, ids, weights),
+            lambda: experts.load_expert(1, 0, *layer.experts[0]),
+            lambda: experts.read_weights_seconds(0),
+            lambda: experts.arithmetic_roof(torch.bfloat16),
+        ]
         child = os.fork()
         if child == 0:
-            try:
-                experts.submit(0, x, ids, weights)
-            except EngineError as error:
-                experts.close()
-                os._exit(0 if "after fork" in str(error) else 1)
-            os._exit(2)
+            signal.alarm(20)  # ends a child that hangs
+            for call in need_threads:
+                try:
+                    call()
+                    os._exit(2)
+                except EngineError as error:
+                    if "after fork" not in str(error):
+                        os._exit(1)
+            experts.close()
+            os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert torch.equal(compute(experts, x, ids, weights), before)
+        layer.load_into(experts, slot=1)
 
 
 def test_an_idle_engine_uses_no_cpu(layer: RandomLayer) -> None:
@@ -339,5 +441,10 @@ def test_the_choices_are_logged_at_start(caplog: pytest.LogCaptureFixture) -> No
         HostExperts(1, 1, 64, 32, isa="scalar", threads=3, huge_pages=False) as experts,
     ):
         assert experts.threads == 3
-    assert "scalar kernels, 3 threads" in caplog.text
-    assert "4 KB pages" in caplog.text
+    assert "scalar kernels, 3 threads, 0.0 GB of weights in 4 KB pages" in caplog.text
+    caplog.clear()
+    with (
+        caplog.at_level(logging.INFO, "hybridk2.experts.host"),
+        HostExperts(1, 1, 64, 32, isa="scalar", threads=5, simulated_nodes=3),
+    ):
+        assert "5 threads on 3 NUMA nodes (2 + 2 + 1)" in caplog.text

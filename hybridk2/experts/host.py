@@ -20,7 +20,14 @@ from hybridk2 import _native
 from hybridk2.checkpoint import QuantizedLinear
 from hybridk2.errors import ConfigError, EngineError, OutOfMemoryError
 
-__all__ = ["READ_LOOPS", "HostExperts", "Ticket", "available_isas"]
+__all__ = [
+    "READ_LOOPS",
+    "HostExperts",
+    "Ticket",
+    "available_isas",
+    "reserved_page_bytes",
+    "usable_cores",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +37,16 @@ READ_LOOPS: tuple[str, ...] = tuple(_native.READ_LOOPS)
 def available_isas() -> list[str]:
     """Instruction sets whose kernels this machine can run, slowest first."""
     return list(_native.available_isas())
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may run on, by its affinity and its cgroup's CPU set."""
+    return _native.usable_cores()
+
+
+def reserved_page_bytes() -> int:
+    """What 1 GB pages that nobody has taken hold: room for weights, but no "available" memory."""
+    return _native.free_gigabyte_pages() << 30
 
 
 class Ticket:
@@ -59,7 +76,8 @@ class HostExperts:
     """All routed experts of the model, packed, with the threads that compute them.
 
     weight_bytes: what the packed weights occupy once all experts are loaded: 4.5 bits per weight.
-    isa, threads: what runs.
+    isa, threads: what runs. threads_of_node: on each NUMA node, which holds and computes its part
+    of every expert. gigabyte_pages: 1 GB pages that weights lie in.
     """
 
     def __init__(
@@ -72,35 +90,56 @@ class HostExperts:
         isa: str | None = None,
         threads: int | None = None,
         huge_pages: bool = True,
+        simulated_nodes: int | None = None,
     ) -> None:
         """Reserve the memory and start the threads.
 
         num_layers: MoE layers only; slot 0 is the first of them. hidden, intermediate: multiples of
         32. isa: one of `available_isas()`, or "amx_emulated", the slow portable twin of AMX, for
         tests; None for the one that the environment variable HYBRIDK2_ISA names, else the fastest.
-        threads: None for one per physical core.
+        threads: None for one per physical core. huge_pages: 2 MB pages for the weights, and 1 GB
+        pages as far as there are any reserved. simulated_nodes: for tests, so many NUMA nodes
+        whatever this machine has; with fewer threads than nodes, here as on real ones, there is one
+        node and a warning.
 
-        Raises ConfigError for an instruction set or a shape that cannot be run, OutOfMemoryError
-        with the bytes that were asked for.
+        Raises ConfigError for an instruction set or a shape that cannot be run and for more threads
+        than the system lets us have, OutOfMemoryError with the bytes that were asked for.
         """
-        if threads is not None and threads < 1:
-            raise ConfigError(f"threads: expected 1 or more, found {threads}")
+        for name, number in (("threads", threads), ("simulated_nodes", simulated_nodes)):
+            if number is not None and number < 1:
+                raise ConfigError(f"{name}: expected 1 or more, found {number}")
         self.hidden = hidden
         self.intermediate = intermediate
         with _engine_errors(argument_error=ConfigError):
             self._native: _native.Experts | None = _native.Experts(
-                num_layers, num_experts, hidden, intermediate, isa or "", threads or 0, huge_pages
+                num_layers,
+                num_experts,
+                hidden,
+                intermediate,
+                isa or "",
+                threads or 0,
+                huge_pages,
+                simulated_nodes or 0,
             )
         self.isa: str = self._native.isa
         self.threads: int = self._native.threads
+        self.threads_of_node: tuple[int, ...] = tuple(self._native.threads_of_node)
         self.weight_bytes: int = self._native.weight_bytes
         self.huge_pages: bool = self._native.huge_pages
-        logger.info(
-            "host experts: %s kernels, %d threads, %.1f GB of weights in %s pages",
-            self.isa,
-            self.threads,
-            self.weight_bytes / 1e9,
-            "2 MB" if self.huge_pages else "4 KB",
+        self.gigabyte_pages: int = self._native.gigabyte_pages
+        logger.info("host experts: %s", self._description())
+        for trouble in self._native.troubles:
+            logger.warning("host experts: %s", trouble)
+
+    def _description(self) -> str:
+        nodes = len(self.threads_of_node)
+        on_nodes = f" on {nodes} NUMA nodes ({' + '.join(map(str, self.threads_of_node))})"
+        pages = "2 MB pages" if self.huge_pages else "4 KB pages"
+        if self.gigabyte_pages:
+            pages = f"{self.gigabyte_pages} pages of 1 GB and {pages}"
+        return (
+            f"{self.isa} kernels, {self.threads} threads{on_nodes if nodes > 1 else ''}, "
+            f"{self.weight_bytes / 1e9:.1f} GB of weights in {pages}"
         )
 
     def load_expert(
@@ -111,10 +150,10 @@ class HostExperts:
         up: QuantizedLinear,
         down: QuantizedLinear,
     ) -> None:
-        """Repack one expert. Any thread may call it; the matrices can be dropped afterwards.
+        """Repack one expert, with all threads. Returns when the matrices can be dropped.
 
-        gate, up: (intermediate, hidden); down: (hidden, intermediate). Raises EngineError for a
-        wrong shape, dtype or place, or an expert that was loaded before.
+        Any thread may call it. gate, up: (intermediate, hidden); down: (hidden, intermediate).
+        Raises EngineError for a wrong shape, dtype or place, or an expert that was loaded before.
         """
         where = f"layer slot {slot}, expert {expert}"
         self._check_matrix(f"{where}: gate", gate, self.intermediate, self.hidden)
@@ -172,9 +211,9 @@ class HostExperts:
     def wait(self, ticket: Ticket) -> Tensor:
         """The layer's result: (tokens, hidden) float32, sum over k of weight_k * expert_k(x).
 
-        On one instruction set bit for bit the same for a token whatever the threads, the schedule
-        and the other tokens of the call; AMX's tiles are no exception, as its kernels add in the
-        tiles' order for every number of tokens.
+        On one instruction set bit for bit the same for a token whatever the threads, the NUMA
+        nodes, the schedule and the other tokens of the call; AMX's tiles are no exception, as its
+        kernels add in the tiles' order for every number of tokens.
 
         Raises EngineError or OutOfMemoryError when the work failed.
         """
@@ -186,7 +225,8 @@ class HostExperts:
 
         loop: index into READ_LOOPS. Returns the seconds it took.
         """
-        return self._open().read_weights_seconds(loop)
+        with _engine_errors():
+            return self._open().read_weights_seconds(loop)
 
     def arithmetic_roof(self, dtype: torch.dtype) -> float | None:
         """FLOP/s of every thread multiplying in registers: the roof of calls with many tokens.
@@ -194,7 +234,8 @@ class HostExperts:
         The multiplications are those of the kernels for activations of dtype (bfloat16 or
         float32). None where these kernels have no such loop.
         """
-        return self._open().arithmetic_roof(dtype == torch.bfloat16) or None
+        with _engine_errors():
+            return self._open().arithmetic_roof(dtype == torch.bfloat16) or None
 
     def close(self) -> None:
         """Finish what was submitted, end the threads, free the weights. More calls do nothing."""

@@ -1,6 +1,6 @@
 // The experts in plain C++, to run under sanitizers and emulators: every instruction set this CPU
 // has, against fp64, over shapes with and without padding, decode and prefill paths, bit for bit on
-// other thread counts and in other company. Prints the instruction sets it ran.
+// other thread counts and NUMA nodes and in other company. Prints the instruction sets it ran.
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -144,18 +144,23 @@ void test_isa(const std::string& isa, int64_t hidden, int64_t intermediate) {
   }
   Experts one({1, kExperts, hidden, intermediate}, isa, 1, false);
   Experts three({1, kExperts, hidden, intermediate}, isa, 3, true);
+  Experts spread({1, kExperts, hidden, intermediate}, isa, 5, true, simulated_nodes(3));
   CHECK(one.isa() == isa);
+  CHECK(spread.threads_of_node().size() == 3);
   load(one, made);
   load(three, made);
+  load(spread, made);
   for (const Precision precision : {Precision::kBf16, Precision::kFp32}) {
     for (const int64_t tokens : {0, 1, 2, 7, 13, 30}) {
       const Call call(tokens, 2, hidden, kExperts, random);
       const std::vector<float> out = call.run(one, precision, 0, tokens);
       compare(made, call, out, precision == Precision::kBf16);
       CHECK(out == call.run(three, precision, 0, tokens));
+      CHECK(out == call.run(spread, precision, 0, tokens));
     }
     const Call many(700, 2, hidden, kExperts, random);  // several blocks, added in place
     const std::vector<float> out = many.run(three, precision, 0, many.tokens);
+    CHECK(out == many.run(spread, precision, 0, many.tokens));
     for (const int64_t begin : {0, 333, 693}) {
       const std::vector<float> few = many.run(one, precision, begin, 7);
       CHECK(std::memcmp(few.data(), out.data() + begin * hidden, few.size() * sizeof(float)) == 0);

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -14,8 +15,9 @@ using namespace hybridk2;
 
 namespace {
 
-void test_phases_see_all_of_the_phase_before(int threads) {
-  ThreadPool pool(threads);
+void test_phases_see_all_of_the_phase_before(const ThreadPlan& plan) {
+  ThreadPool pool(plan);
+  const int threads = pool.threads();
   std::vector<int> plain(threads, 0);  // not atomic on purpose: the barrier orders it
   for (int region = 0; region < 300; ++region) {
     for (int& value : plain) value = 0;
@@ -33,8 +35,9 @@ void test_phases_see_all_of_the_phase_before(int threads) {
   }
 }
 
-void test_an_exception_ends_the_region_and_only_it(int threads) {
-  ThreadPool pool(threads);
+void test_an_exception_ends_the_region_and_only_it(const ThreadPlan& plan) {
+  ThreadPool pool(plan);
+  const int threads = pool.threads();
   for (int round = 0; round < 100; ++round) {
     std::atomic<int> later{0};
     CHECK_THROWS(std::runtime_error, pool.run(
@@ -53,8 +56,9 @@ void test_an_exception_ends_the_region_and_only_it(int threads) {
   }
 }
 
-void test_a_sleeping_pool_wakes(int threads) {
-  ThreadPool pool(threads);
+void test_a_sleeping_pool_wakes(const ThreadPlan& plan) {
+  ThreadPool pool(plan);
+  const int threads = pool.threads();
   for (int round = 0; round < 40; ++round) {
     std::this_thread::sleep_for(kSpin * (round % 4));  // before, around and after workers sleep
     std::atomic<int> calls{0};
@@ -108,10 +112,11 @@ void test_many_submit_and_wait_at_once() {
 }  // namespace
 
 int main() {
-  for (const int threads : {1, 2, 3, 5}) {
-    test_phases_see_all_of_the_phase_before(threads);
-    test_an_exception_ends_the_region_and_only_it(threads);
-    test_a_sleeping_pool_wakes(threads);
+  for (const auto& [threads, nodes] : {std::pair{1, 1}, {2, 1}, {3, 1}, {5, 1}, {2, 2}, {7, 3}}) {
+    const ThreadPlan plan = plan_threads(simulated_nodes(nodes), threads);
+    test_phases_see_all_of_the_phase_before(plan);
+    test_an_exception_ends_the_region_and_only_it(plan);
+    test_a_sleeping_pool_wakes(plan);
   }
   test_jobs_run_in_order_and_report_their_errors();
   test_many_submit_and_wait_at_once();
