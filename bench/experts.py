@@ -173,7 +173,7 @@ def load(isa: str, arguments: argparse.Namespace) -> HostExperts:
         start = time.perf_counter()
         experts.load_expert(0, number, *expert)
         seconds += time.perf_counter() - start
-    print(f"{isa}: repacked at {experts.weight_bytes / 1e9 / seconds:.2f} GB/s by all threads")
+    print(f"{isa}: repacked at {experts.weight_bytes / 1e9 / seconds:.2f} GB/s")
     return experts
 
 

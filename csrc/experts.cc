@@ -85,6 +85,14 @@ std::vector<std::string> Experts::troubles() const {
   };
   add(plan_.trouble);
   for (int node = 0; node < weights_.nodes(); ++node) add(weights_.arena(node).trouble());
+  int64_t not_taken = -gigabyte_pages();
+  for (int node = 0; node < weights_.nodes(); ++node) {
+    not_taken += static_cast<int64_t>(weights_.arena(node).gigabytes_to_try());
+  }
+  if (not_taken > 0) {
+    add(std::to_string(not_taken) + " reserved pages of 1 GB could not be taken (Linux before " +
+        "5.14, another program, or a limit); 2 MB pages are in their place");
+  }
   if (pool_.unpinned() > 0) {
     add("the system refused to pin " + std::to_string(pool_.unpinned()) + " of " +
         std::to_string(threads()) + " threads to their CPUs, which is slower");
@@ -123,6 +131,15 @@ void Experts::load(int64_t layer, int64_t expert, const ExpertMatrices& matrices
     throw StateError("layer slot " + std::to_string(layer) + ", expert " + std::to_string(expert) +
                      " was loaded before");
   }
+  if (pool_.nodes() == 1) {
+    weights_.pack(0, layer, expert, matrices, 0, weights_.slice(0).strips());
+  } else {
+    pack_on_nodes(layer, expert, matrices);
+  }
+  load_state(layer, expert).store(kLoaded, std::memory_order_release);
+}
+
+void Experts::pack_on_nodes(int64_t layer, int64_t expert, const ExpertMatrices& matrices) {
   constexpr int64_t kStripsPerShare = 4;
   Shares shares(pool_.nodes());
   const auto pack_shares = [&](int, int worker) {
@@ -134,7 +151,6 @@ void Experts::load(int64_t layer, int64_t expert, const ExpertMatrices& matrices
     }
   };
   queue_.submit([&] { pool_.run(1, pack_shares, false); })->wait();
-  load_state(layer, expert).store(kLoaded, std::memory_order_release);
 }
 
 void Experts::dequantise(int64_t layer, int64_t expert, float* gate, float* up, float* down) const {

@@ -39,8 +39,8 @@ class Experts {
   // False in a child of fork(), which has none of the threads.
   bool belongs_to_this_process() const;
 
-  // Repacks one expert, with all threads, each the part that its node computes. Any thread may call
-  // it, for different experts at the same time; each expert once.
+  // Repacks one expert: on one node the calling thread does it, on several the workers, each a part
+  // of what its node will read. Any thread, different experts at the same time; each expert once.
   void load(int64_t layer, int64_t expert, const ExpertMatrices& matrices);
 
   // The weights as the panels hold them, dequantised: gate and up (intermediate, hidden), down
@@ -65,6 +65,7 @@ class Experts {
   void check_location(int64_t layer, int64_t expert) const;
   void check_call(const LayerCall& call) const;
   void try_gigabyte_pages();
+  void pack_on_nodes(int64_t layer, int64_t expert, const ExpertMatrices& matrices);
   std::atomic<uint8_t>& load_state(int64_t layer, int64_t expert) const;
 
   KernelTable kernels_;

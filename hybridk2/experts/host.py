@@ -150,10 +150,11 @@ class HostExperts:
         up: QuantizedLinear,
         down: QuantizedLinear,
     ) -> None:
-        """Repack one expert, with all threads. Returns when the matrices can be dropped.
+        """Repack one expert. Any thread may call it; the matrices can be dropped afterwards.
 
-        Any thread may call it. gate, up: (intermediate, hidden); down: (hidden, intermediate).
-        Raises EngineError for a wrong shape, dtype or place, or an expert that was loaded before.
+        On several NUMA nodes the workers of each repack what they will read. gate, up:
+        (intermediate, hidden); down: (hidden, intermediate). Raises EngineError for a wrong shape,
+        dtype or place, or an expert that was loaded before.
         """
         where = f"layer slot {slot}, expert {expert}"
         self._check_matrix(f"{where}: gate", gate, self.intermediate, self.hidden)

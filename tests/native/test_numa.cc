@@ -19,6 +19,7 @@
 
 #include "check.h"
 #include "dispatch.h"
+#include "experts.h"
 #include "layer_runner.h"
 #include "thread_pool.h"
 #include "weights.h"
@@ -262,6 +263,25 @@ void test_memory_is_bound_to_its_node_or_it_is_said_why_not() {
   CHECK(policy == MPOL_BIND && mask[0] == 1);
 }
 
+void test_what_the_system_refuses_is_said_and_everything_works() {
+  const ExpertsShape shape{1, 2, 64, 32};
+  std::vector<Node> nodes = simulated_nodes(1);
+  nodes.push_back({1000, {9000}, 1});  // memory and CPU that no machine has
+  Experts experts(shape, "scalar", 2, true, nodes);
+  const std::vector<std::string> troubles = experts.troubles();
+  CHECK(troubles.size() == 2);
+  CHECK(troubles.at(0).find("the routed experts' weights on NUMA node 1000: ") == 0);
+  CHECK(troubles.at(1).find("refused to pin 1 of 2 threads") != std::string::npos);
+  const Expert made(shape);
+  experts.load(0, 1, made.matrices());
+  const std::vector<float> x(shape.hidden, 1.0f);
+  std::vector<float> out(shape.hidden);
+  const int32_t id = 1;
+  const float weight = 1;
+  experts.submit({0, 1, 1, x.data(), Precision::kFp32, &id, &weight, out.data()})->wait();
+  CHECK(std::count(out.begin(), out.end(), 0.0f) < shape.hidden);
+}
+
 void test_gigabyte_pages_are_used_where_reserved_and_else_replaced() {
   constexpr size_t kBytes = 2 * kGigabytePageBytes + 12345;
   Arena arena("a test", kBytes, true);
@@ -292,6 +312,7 @@ int main() {
     }
   }
   test_memory_is_bound_to_its_node_or_it_is_said_why_not();
+  test_what_the_system_refuses_is_said_and_everything_works();
   test_gigabyte_pages_are_used_where_reserved_and_else_replaced();
   std::printf("%s\n", failures == 0 ? "ok" : "FAILED");
   return failures == 0 ? 0 : 1;
