@@ -73,8 +73,9 @@ void Experts::try_gigabyte_pages() {
 
 int Experts::gigabyte_pages() const {
   int pages = 0;
-  for (int node = 0; node < weights_.nodes(); ++node)
+  for (int node = 0; node < weights_.nodes(); ++node) {
     pages += weights_.arena(node).gigabyte_pages();
+  }
   return pages;
 }
 

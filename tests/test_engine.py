@@ -3,10 +3,12 @@
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from hybridk2.checkpoint import Checkpoint
 from hybridk2.config import EngineConfig
 from hybridk2.engine import Engine
 from hybridk2.errors import ConfigError, EngineError, OutOfMemoryError, RequestError
@@ -217,3 +219,26 @@ def test_a_cache_that_does_not_fit_is_refused_before_anything_is_loaded(
     choices = EngineConfig(model=str(small_checkpoint), kv_cache_tokens=10**12)
     with pytest.raises(OutOfMemoryError, match="latent cache"):
         Engine.load(choices, lambda progress: pytest.fail("loading began"))
+
+
+@pytest.mark.parametrize("huge_pages", [True, False])
+def test_reserved_pages_count_as_room_for_the_experts_if_they_may_lie_there(
+    small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, huge_pages: bool
+) -> None:
+    """The kernel does not count reserved 1 GB pages as available memory."""
+    with Checkpoint.open(small_checkpoint) as checkpoint:
+        room_bytes = checkpoint.expert_bytes if huge_pages else 0
+    offered: list[int] = []
+
+    def refuse(checkpoint: Checkpoint, available_bytes: int, **needs: int) -> None:
+        offered.append(available_bytes)
+        raise OutOfMemoryError("as if it did not fit")
+
+    monkeypatch.setattr("hybridk2.engine.check_memory", refuse)
+    monkeypatch.setattr("hybridk2.engine.reserved_page_bytes", lambda: 1 << 40)
+    monkeypatch.setattr(
+        "hybridk2.engine.psutil.virtual_memory", lambda: SimpleNamespace(available=1000)
+    )
+    with pytest.raises(OutOfMemoryError, match="as if"):
+        Engine.load(EngineConfig(model=str(small_checkpoint), huge_pages=huge_pages))
+    assert offered == [1000 + room_bytes]

@@ -10,13 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from hybridk2.checkpoint import QuantizedLinear
 from hybridk2.errors import ConfigError, EngineError, OutOfMemoryError
-from hybridk2.experts.host import HostExperts, available_isas
+from hybridk2.experts.host import HostExperts, available_isas, reserved_page_bytes
 
 from .expert_weights import (
     RandomLayer,
@@ -303,6 +304,24 @@ assert torch.equal(experts.wait(experts.submit(0, *small)), before)
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "no memory for gathered activations: " in run.stdout
+
+
+def test_only_cores_that_the_process_may_use_get_threads() -> None:
+    program = """
+import os
+from hybridk2.experts.host import HostExperts, usable_cores
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+with HostExperts(1, 1, 64, 32) as experts:
+    print(usable_cores(), experts.threads)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout.split() == ["1", "1"], run.stderr
+
+
+def test_reserved_page_bytes_are_what_the_kernel_says() -> None:
+    pages = Path("/sys/kernel/mm/hugepages/hugepages-1048576kB/free_hugepages")
+    expected = int(pages.read_text()) << 30 if pages.exists() else 0
+    assert reserved_page_bytes() == expected
 
 
 def test_threads_that_the_system_refuses_are_a_mistake_that_is_explained() -> None:
