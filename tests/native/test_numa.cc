@@ -83,8 +83,8 @@ void test_workers_run_on_their_node_alone_if_there_are_cpus_enough() {
 class FakeSystem {
  public:
   explicit FakeSystem(const std::map<int, std::string>& cpu_lists) {
-    char name[] = "/tmp/hybridk2-nodes-XXXXXX";
-    folder_ = mkdtemp(name);
+    std::string name = std::filesystem::temp_directory_path() / "hybridk2-nodes-XXXXXX";
+    folder_ = mkdtemp(name.data());
     for (const auto& [number, list] : cpu_lists) {
       const std::filesystem::path node = folder_ / "node" / ("node" + std::to_string(number));
       std::filesystem::create_directories(node);
