@@ -13,7 +13,8 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import psutil
@@ -22,13 +23,19 @@ import torch
 from hybridk2.checkpoint import Checkpoint, locate_model
 from hybridk2.config import EngineConfig, K2Config
 from hybridk2.device import Device, select_device
-from hybridk2.errors import ConfigError, EngineError, HybridK2Error, RequestError
+from hybridk2.errors import (
+    ConfigError,
+    ContextLengthError,
+    EngineError,
+    HybridK2Error,
+    RequestError,
+)
 from hybridk2.experts.host import HostExperts
 from hybridk2.experts.loading import LoadProgress, check_memory, load_experts
 from hybridk2.experts.router import AsyncRouter
 from hybridk2.kv_cache import PAGE_TOKENS, CacheSequence, PagedLatentCache
 from hybridk2.model.k2 import DecoderLayer, K2Model
-from hybridk2.sampling import GeneratedToken, Sampler, SamplingParams
+from hybridk2.sampling import GeneratedToken, Sampler, SamplingParams, TokenConstraint
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +47,28 @@ _DEFAULT_CONTEXT_TOKENS = 32_768
 _SHARED_LAYER_BYTES = 4 << 20
 
 FinishReason = Literal["stop", "length", "cancelled"]
+Priority = Literal["interactive", "background"]
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What the engine does now, and what it did since it was loaded."""
+
+    running: int
+    waiting_interactive: int
+    waiting_background: int
+    max_running: int
+    max_queued: int
+    cache_tokens_used: int  # held by running requests
+    cache_tokens_capacity: int
+    prompt_tokens_total: int
+    cached_tokens_total: int  # of those, not computed again
+    completion_tokens_total: int
+    requests_total: Mapping[str, int]  # by finish reason, "error" among them
+    steps_total: int
+    step_seconds_total: float
+    expert_bytes_total: int  # routed weights read by steps
+    host_expert_share: float  # of the routed experts, how many host memory served
 
 
 class Generation:
@@ -52,8 +81,12 @@ class Generation:
         stop_ids: frozenset[int],
         max_tokens: int,
         sampler: Sampler,
+        prompt_logprobs: int | None,
     ) -> None:
         self.prompt_ids = prompt_ids
+        self.prompt_logprobs = prompt_logprobs
+        self.prompt_scores: list[GeneratedToken] = []
+        self.queue_position: int | None = None
         self.stop_ids = stop_ids
         self.max_tokens = max_tokens
         # A request that names a seed is to repeat itself bit for bit.
@@ -167,6 +200,11 @@ class Engine:
         params: SamplingParams,
         stop_ids: Sequence[int] | None = None,
         forbidden_ids: Sequence[int] = (),
+        *,
+        constraint: TokenConstraint | None = None,
+        priority: Priority = "interactive",
+        deadline_seconds: float | None = None,
+        prompt_logprobs: int | None = None,
     ) -> Generation:
         """Queue a request. It advances with `step`, or by reading it with `tokens`.
 
@@ -183,15 +221,12 @@ class Engine:
             raise RequestError(f"token id {wrong} is not in the vocabulary of {vocab_size} tokens")
         room = self.context_tokens - len(prompt)
         if room < 1:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens and the context holds {self.context_tokens}, "
-                "with one at least for the answer. Shorten the conversation or raise the context"
-            )
+            raise ContextLengthError(len(prompt), params.max_tokens, self.context_tokens)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         seed = secrets.randbits(64) if params.seed is None else params.seed
         stops = frozenset(self.eos_token_ids if stop_ids is None else stop_ids)
-        sampler = Sampler(params, seed, prompt, vocab_size, forbidden_ids)
-        generation = Generation(prompt, params, stops, max_tokens, sampler)
+        sampler = Sampler(params, seed, prompt, vocab_size, forbidden_ids, constraint)
+        generation = Generation(prompt, params, stops, max_tokens, sampler, prompt_logprobs)
         if generation.limit_tokens > self._cache.capacity_tokens:
             raise RequestError(
                 f"prompt and answer may need {generation.limit_tokens} tokens of cache, and it "
@@ -222,15 +257,41 @@ class Engine:
             while True:
                 while not generation._output and not generation.done:
                     self.step()
-                with self._lock:
-                    if not generation._output:
-                        break
-                    token = generation._output.popleft()
+                token = self.take(generation)
+                if token is None:
+                    break
                 yield token
             if generation.error is not None:
                 raise generation.error
         finally:
             self.cancel(generation)
+
+    def take(self, generation: Generation) -> GeneratedToken | None:
+        """The request's next token if it is there. Never waits."""
+        try:
+            return generation._output.popleft()
+        except IndexError:
+            return None
+
+    def stats(self) -> EngineStats:
+        """See EngineStats. Any thread may call it, also during a step."""
+        return EngineStats(
+            running=len(self._running),
+            waiting_interactive=len(self._waiting),
+            waiting_background=0,
+            max_running=8,
+            max_queued=64,
+            cache_tokens_used=self._cache.capacity_tokens - self._cache.available_tokens,
+            cache_tokens_capacity=self._cache.capacity_tokens,
+            prompt_tokens_total=0,
+            cached_tokens_total=0,
+            completion_tokens_total=0,
+            requests_total={},
+            steps_total=0,
+            step_seconds_total=0.0,
+            expert_bytes_total=0,
+            host_expert_share=1.0,
+        )
 
     def generate(
         self,
