@@ -1,0 +1,1 @@
+"""OpenAI's Responses API, as Codex speaks it, over the same engine."""
