@@ -1,0 +1,140 @@
+"""The application: every API's routes behind one door.
+
+Owns the order in which a request is checked, the endpoints that belong to no API (health, metrics,
+version), the one place where exceptions become responses, and the access log, which holds no more
+of a request than its route.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import nullcontext
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from hybridk2 import __version__
+from hybridk2.server import openai
+from hybridk2.server.context import ServerContext
+from hybridk2.server.errors import ApiError, as_api_error
+from hybridk2.server.limits import receive_body
+from hybridk2.server.openai import json_response
+from hybridk2.server.security import Gate
+
+access_log = logging.getLogger("hybridk2.server.access")
+
+# Each has `router(context) -> APIRouter`, and REQUESTS, the models of its bodies.
+APIS = (openai,)
+
+
+def create_app(context: ServerContext, gate: Gate) -> ASGIApp:
+    """The ASGI application of a server."""
+    app = FastAPI(
+        title="HybridK2",
+        version=__version__,
+        docs_url=None,  # its scripts come from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    for api in APIS:
+        app.include_router(api.router(context))
+    _add_operations(app, context)
+    for kind in (ApiError, HTTPException, Exception):
+        app.add_exception_handler(kind, _refuse)
+    app.openapi = lambda: _description(app)  # type: ignore[method-assign]  # as FastAPI documents
+    guarded: ASGIApp = Door(app, context, gate)
+    if context.settings.cors_origins:
+        guarded = CORSMiddleware(
+            guarded,
+            allow_origins=context.settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )
+    return guarded
+
+
+def _description(app: FastAPI) -> dict[str, Any]:
+    """/openapi.json, with the bodies that routes read themselves."""
+    models = [model for api in APIS for model in api.REQUESTS]
+    _, schemas = models_json_schema(
+        [(model, "validation") for model in models],
+        ref_template="#/components/schemas/{model}",
+    )
+    description = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    description.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
+    return description
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    return as_api_error(error).response(request.url.path)
+
+
+def _add_operations(app: FastAPI, context: ServerContext) -> None:
+    """What operates a server rather than asks its model."""
+
+    @app.get("/health")
+    async def health() -> Response:
+        """200 while requests are answered, 503 while loading, draining or broken."""
+        body = context.health()
+        return json_response(body, 200 if body["status"] == "ok" else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Figures in Prometheus' text format."""
+        return Response(context.metrics.exposition(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        """The version of this server."""
+        return {"version": __version__}
+
+
+class Door:
+    """What every request passes: the gate, the body's limits, the count and the log."""
+
+    def __init__(self, app: ASGIApp, context: ServerContext, gate: Gate) -> None:
+        self._app = app
+        self._context = context
+        self._gate = gate
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request. Whatever is raised has become a response before it gets out of here."""
+        assert scope["type"] == "http", "the listener speaks HTTP only"
+        started = time.monotonic()
+        status = 0
+
+        async def noting_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        with self._context.open_request() if scope["method"] == "POST" else nullcontext():
+            try:
+                self._gate.check(scope)
+                if scope["method"] == "POST":
+                    await receive_body(scope, receive)
+                await self._app(scope, receive, noting_send)
+            except Exception as error:  # noqa: BLE001 - becomes the response, if none was begun
+                if not status:
+                    response = as_api_error(error).response(scope["path"])
+                    await response(scope, receive, noting_send)
+        self._log(scope, status, time.monotonic() - started)
+
+    def _log(self, scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "(none)")
+        self._context.metrics.count_response(route, status)
+        figures: dict[str, Any] = {
+            "method": scope["method"] if scope["method"] in ("GET", "POST") else "other",
+            "route": route,
+            "status": status,
+            "ms": round(seconds * 1000, 1),
+        }
+        access_log.info("%(method)s %(route)s %(status)d %(ms).1f ms", figures)

@@ -1,0 +1,158 @@
+"""What a request's body may be, checked before anything is made of it.
+
+Owns the bounds on bytes, time, nesting and number of values, and the way from a body to a validated
+pydantic model. Big bodies are parsed in a thread, and scanned first by numpy, which lets other
+threads run meanwhile: the part that holds up running streams stays short.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import cache
+from typing import Any, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+from starlette.requests import Request
+from starlette.types import Receive, Scope
+
+from hybridk2.server.errors import ApiError
+
+MAX_BODY_BYTES = 16 << 20
+MAX_DEPTH = 100  # of nested lists and objects; the deepest schemas in use have about 30
+MAX_VALUES = 400_000  # of lists and objects together; a prompt of token ids has up to 262,144
+
+BODY_SECONDS = 30.0  # within which the next piece of a body has to come
+
+_SCAN_BYTES = 1 << 20
+_THREAD_BYTES = 64 << 10  # parsing less than this takes below a millisecond
+
+_BODY = "hybridk2.body"  # where the body lies in the ASGI scope
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+async def receive_body(scope: Scope, receive: Receive) -> None:
+    """Read the whole body and keep it for `validated_body`. Raises ApiError beyond the limits.
+
+    The rest of a body that is refused is read and dropped by uvicorn, so that the client, which may
+    still be sending, gets to read the refusal.
+    """
+    declared = _content_length(scope)
+    if declared is not None and declared > MAX_BODY_BYTES:
+        raise _too_large()
+    body = bytearray()
+    more = True
+    while more:
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                message = await receive()
+        except TimeoutError as error:
+            raise ApiError(408, f"no more of the body came in {BODY_SECONDS:.0f} s") from error
+        if message["type"] == "http.disconnect":
+            raise ApiError(400, "the connection ended before the body did")
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+        if len(body) > MAX_BODY_BYTES:
+            raise _too_large()
+    scope[_BODY] = bytes(body)
+
+
+def described_body(model: type[BaseModel]) -> dict[str, Any]:
+    """A route's `openapi_extra`: that its body is this model, which /openapi.json describes."""
+    schema = {"$ref": f"#/components/schemas/{model.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+async def validated_body(request: Request, model: type[Model]) -> Model:
+    """The request's JSON body as `model`. Raises ApiError for what is not that."""
+    body: bytes = request.scope[_BODY]
+    if len(body) < _THREAD_BYTES:
+        return parse_body(body, model)
+    return await asyncio.to_thread(parse_body, body, model)
+
+
+def parse_body(body: bytes, model: type[Model]) -> Model:
+    """A JSON text as `model`. Raises ApiError that names the field, and never quotes its value."""
+    check_structure(body)
+    try:
+        value = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, f"the body is not valid JSON: {error}", "invalid_json") from error
+    except RecursionError as error:
+        raise _too_deep() from error
+    if not isinstance(value, dict):
+        raise ApiError(400, "the body has to be a JSON object", "invalid_json")
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise _invalid(error, model) from error
+
+
+def check_structure(body: bytes) -> None:
+    """Refuse JSON of too many levels or values, without making objects of it.
+
+    Raises ApiError. Assumes nothing: in a text that is not JSON the count is of no meaning, and the
+    parser refuses the text afterwards.
+    """
+    # What is escaped goes first: pairs of backslashes, then quotes that one stands before.
+    text = body.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in body else body
+    codes = np.frombuffer(text, np.uint8)
+    depth, values, quotes = 0, 0, 0
+    for start in range(0, len(codes), _SCAN_BYTES):
+        block = codes[start : start + _SCAN_BYTES]
+        quoted = np.cumsum(block == ord('"'), dtype=np.int32) + quotes
+        outside = quoted % 2 == 0
+        opening = outside & ((block == ord("[")) | (block == ord("{")))
+        closing = outside & ((block == ord("]")) | (block == ord("}")))
+        levels = np.cumsum(opening.astype(np.int32) - closing, dtype=np.int32) + depth
+        values += int(np.count_nonzero(opening) + np.count_nonzero(outside & (block == ord(","))))
+        if levels.max() > MAX_DEPTH:
+            raise _too_deep()
+        if values > MAX_VALUES:
+            raise ApiError(400, f"the body has more than {MAX_VALUES} values", "too_many_values")
+        depth, quotes = int(levels[-1]), int(quoted[-1])
+
+
+def _invalid(error: ValidationError, model: type[BaseModel]) -> ApiError:
+    """The first thing that is wrong, by its place."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    place = ""
+    for part in first["loc"]:
+        if isinstance(part, int):
+            place += f"[{part}]"
+        elif part in _field_names(model):
+            place += f".{part}"
+    param = place.removeprefix(".") or None
+    message = first["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{param}: {message}" if param else message, "invalid_value", param)
+
+
+@cache
+def _field_names(model: type[BaseModel]) -> frozenset[str]:
+    """Every name that the model itself knows: others came from the client and are not repeated."""
+    schema = model.model_json_schema()
+    objects = [schema, *schema.get("$defs", {}).values()]
+    return frozenset(name for found in objects for name in found.get("properties", ()))
+
+
+def _content_length(scope: Scope) -> int | None:
+    for name, value in scope["headers"]:
+        if name == b"content-length":
+            return int(value)  # h11 lets through digits only
+    return None
+
+
+def _too_large() -> ApiError:
+    limit = MAX_BODY_BYTES >> 20
+    return ApiError(
+        413,
+        f"the body is larger than {limit} MB",
+        "body_too_large",
+        headers={"Connection": "close"},
+    )
+
+
+def _too_deep() -> ApiError:
+    return ApiError(400, f"the body is nested more than {MAX_DEPTH} levels deep", "too_deep")
