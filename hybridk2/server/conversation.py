@@ -1,11 +1,30 @@
-"""What any of the APIs asks for, in one form: OpenAI's chat completions.
+"""What an API asks for in the form of OpenAI's chat completions, and the reply to it begun.
 
 The other APIs' requests are translated into it; chat.template renders it and chat.constraints
 holds the reply to it.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from hybridk2.errors import ChatError
+from hybridk2.server.context import ServerContext
+from hybridk2.server.worker import RemoteReply
+
+if TYPE_CHECKING:
+    from hybridk2.assistant import Assistant, ReplyInProgress
+    from hybridk2.engine import Priority
+
+
+class StrictBody(BaseModel):
+    """A part of a request's body: a number in quotes is text; what is not known is ignored."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +62,49 @@ class AssistantTurn:
         if self.tool_calls:
             message["tool_calls"] = self.tool_calls
         return message
+
+
+async def begin(
+    context: ServerContext,
+    read: Callable[[], Conversation],
+    sampling: Mapping[str, Any],
+    arrived: float,
+    priority: Priority = "interactive",
+) -> RemoteReply:
+    """Begin the reply to a conversation.
+
+    read: makes it of the request; called in a thread, as a long one takes a while. sampling: fields
+    of SamplingParams. arrived: the request's time.monotonic(). Raises what `read` and
+    `ServerContext.begin_all` raise.
+    """
+
+    def start(assistant: Assistant) -> ReplyInProgress:
+        from hybridk2.sampling import SamplingParams  # loads torch; by now the model has
+
+        asked = read()
+        constraint = context.constraint(
+            tools=asked.tools,
+            tool_choice=asked.tool_choice,
+            parallel_tool_calls=asked.parallel_tool_calls,
+            response_format=asked.response_format,
+            messages=asked.messages,
+            max_tokens=sampling.get("max_tokens"),
+        )
+        return assistant.begin(
+            asked.messages,
+            asked.tools,
+            SamplingParams(**sampling),
+            constraint=constraint,
+            priority=priority,
+            deadline_seconds=context.seconds_left(arrived),
+        )
+
+    (reply,) = await context.begin_all([start])
+    return reply
+
+
+def check_names(tools: list[dict[str, Any]]) -> None:
+    """Raises ChatError for tools that could not be told apart."""
+    names = [tool["function"]["name"] for tool in tools]
+    if len(set(names)) != len(names):
+        raise ChatError("tools: two tools have the same name.")

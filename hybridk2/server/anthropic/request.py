@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from hybridk2.errors import ChatError
 from hybridk2.server.carried_reasoning import carried
-from hybridk2.server.conversation import AssistantTurn, Conversation
+from hybridk2.server.conversation import AssistantTurn, Conversation, StrictBody, check_names
+from hybridk2.server.protocol import MAX_STOPS, MAX_TOOLS, Count, Name, StopString
 
 Block = dict[str, Any]
 
@@ -26,34 +27,30 @@ Block = dict[str, Any]
 _CHANGING_LINE = "x-anthropic-billing-header:"
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-
-class TextBlock(_Body):
+class TextBlock(StrictBody):
     """A block of a system prompt."""
 
     type: Literal["text"]
     text: str
 
 
-class InputMessage(_Body):
+class InputMessage(StrictBody):
     """One message. Blocks are checked when they are translated."""
 
     role: Literal["user", "assistant", "system"]
     content: str | list[Block]
 
 
-class ToolDeclaration(_Body):
+class ToolDeclaration(StrictBody):
     """A tool. Only those of type custom, or of none, have a schema that the model can see."""
 
     type: str | None = None
-    name: Annotated[str, Field(min_length=1, max_length=64)]
+    name: Name
     description: str | None = None
     input_schema: dict[str, Any] | None = None
 
 
-class ToolChoice(_Body):
+class ToolChoice(StrictBody):
     """Whether and which tools must be called. name: for type tool only."""
 
     type: Literal["auto", "any", "tool", "none"]
@@ -61,37 +58,36 @@ class ToolChoice(_Body):
     disable_parallel_tool_use: bool = False
 
 
-class Thinking(_Body):
+class Thinking(StrictBody):
     """Whether thinking is shown. K2-Thinking always thinks; "disabled" leaves it out of replies.
 
     display "omitted": the blocks come without their text, which their signature carries.
     """
 
     type: str
-    budget_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
     display: str | None = None
 
 
-class OutputFormat(_Body):
+class OutputFormat(StrictBody):
     """The form of the text: JSON under a schema."""
 
     type: Literal["json_schema"]
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
 
 
-class OutputConfig(_Body):
+class OutputConfig(StrictBody):
     """What else is asked of the output."""
 
     format: OutputFormat | None = None
 
 
-class CountTokensRequest(_Body):
+class CountTokensRequest(StrictBody):
     """What makes the prompt: all that /v1/messages/count_tokens looks at."""
 
-    model: Annotated[str, Field(min_length=1, max_length=256)]
+    model: Annotated[str, Field(min_length=1, max_length=512)]
     messages: Annotated[list[InputMessage], Field(min_length=1)]
     system: str | list[TextBlock] | None = None
-    tools: Annotated[list[ToolDeclaration], Field(max_length=128)] | None = None
+    tools: Annotated[list[ToolDeclaration], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -100,14 +96,11 @@ class CountTokensRequest(_Body):
 class MessagesRequest(CountTokensRequest):
     """The body of POST /v1/messages."""
 
-    max_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)]
+    max_tokens: Count
     temperature: Annotated[float, Field(ge=0.0, le=1.0)] = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
-    stop_sequences: (
-        Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=4)]
-        | None
-    ) = None
+    stop_sequences: Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
     stream: bool = False
 
 
@@ -269,6 +262,7 @@ def _read_tools(declarations: Sequence[ToolDeclaration] | None) -> list[dict[str
         if tool.description is not None:
             function["description"] = tool.description
         tools.append({"type": "function", "function": function})
+    check_names(tools)
     return tools or None
 
 

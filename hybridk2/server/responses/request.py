@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from hybridk2.errors import ChatError
 from hybridk2.server.carried_reasoning import carried
-from hybridk2.server.conversation import AssistantTurn, Conversation
+from hybridk2.server.conversation import AssistantTurn, Conversation, StrictBody, check_names
+from hybridk2.server.protocol import MAX_TOOLS, Count, Name
 
 Item = dict[str, Any]
 
@@ -28,45 +29,41 @@ _TEXT_PARTS = ("input_text", "output_text", "text")
 _OTHER_MEDIA = ("input_image", "input_file", "input_audio", "computer_screenshot")
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-
-class ToolDeclaration(_Body):
+class ToolDeclaration(StrictBody):
     """A tool. name, description and parameters: of type function only."""
 
     type: str
-    name: Annotated[str, Field(max_length=64)] | None = None
+    name: Name | None = None
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class TextFormat(_Body):
+class TextFormat(StrictBody):
     """The form of the text. name and schema: for json_schema."""
 
     type: Literal["text", "json_object", "json_schema"]
-    name: Annotated[str, Field(min_length=1, max_length=64)] = "output"
+    name: Name = "output"
     schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
 
 
-class TextConfig(_Body):
+class TextConfig(StrictBody):
     """What is asked of the text."""
 
     format: TextFormat | None = None
 
 
-class ResponsesRequest(_Body):
+class ResponsesRequest(StrictBody):
     """The body of POST /v1/responses."""
 
-    model: Annotated[str, Field(min_length=1, max_length=256)]
+    model: Annotated[str, Field(min_length=1, max_length=512)]
     input: str | list[Item]
     instructions: str | None = None
-    tools: Annotated[list[ToolDeclaration], Field(max_length=128)] | None = None
+    tools: Annotated[list[ToolDeclaration], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
-    max_output_tokens: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    max_output_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     include: list[str] | None = None
@@ -76,6 +73,7 @@ class ResponsesRequest(_Body):
     conversation: str | dict[str, Any] | None = None
     prompt: dict[str, Any] | None = None
     metadata: dict[str, str] | None = None
+    service_tier: str | None = None
 
 
 def read_conversation(request: ResponsesRequest) -> Conversation:
@@ -243,12 +241,13 @@ def _read_tools(declarations: list[ToolDeclaration]) -> list[dict[str, Any]]:
     for index, tool in enumerate(declarations):
         if tool.type != "function":
             continue
-        if not tool.name:
+        if tool.name is None:
             raise ChatError(f"tools[{index}].name: expected the function's name.")
         function: dict[str, Any] = {"name": tool.name, "parameters": tool.parameters or {}}
         if tool.description is not None:
             function["description"] = tool.description
         tools.append({"type": "function", "function": function})
+    check_names(tools)
     return tools
 
 
