@@ -1,0 +1,218 @@
+"""A short way to end a JSON value that is half written.
+
+Owns the search for bytes that complete a value under its grammar, and the position within JSON that
+steers it. Not the shortest way, but near it, and found in a few steps: prefer what closes, pass by
+what is optional, and in a string that may not end yet look for the character that brings progress.
+Does not know tokens beyond those of single bytes, nor budgets (json_values.py).
+"""
+
+import heapq
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from llguidance import LLMatcher
+from numpy.typing import NDArray
+
+_WHITE_SPACE = frozenset(b" \n\r\t")
+_DIGITS = frozenset(b"0123456789")
+
+# Costs that order the search: an open bracket, an open string, a property nobody requires.
+_OPEN_BRACKET = 8
+_OPEN_STRING = 4
+_OPTIONAL_NAME = 16
+# A key or a string that allows more bytes than this is free text.
+_FREE_TEXT = 64
+
+
+class Position(NamedTuple):
+    """Where in a JSON text its next byte stands."""
+
+    brackets: bytes = b""  # those still open
+    in_string: bool = False
+    escaped: bool = False  # after a backslash
+    expects_name: bool = False  # the next string, or the one at hand, names a property
+    name: bytes = b""  # what is written of it
+
+    def after(self, byte: int) -> "Position":
+        """The position behind one more byte of valid JSON."""
+        if self.in_string:
+            if self.escaped:
+                return self._replace(escaped=False, name=self.name + bytes([byte]))
+            if byte == ord('"'):
+                return self._replace(in_string=False, name=b"")
+            name = self.name + bytes([byte]) if self.expects_name else b""
+            return self._replace(escaped=byte == ord("\\"), name=name)
+        if byte == ord('"'):
+            return self._replace(in_string=True)
+        if byte in b"{[":
+            return Position(self.brackets + bytes([byte]), expects_name=byte == ord("{"))
+        if byte in b"}]":
+            return Position(self.brackets[:-1])
+        if byte == ord(","):
+            return self._replace(expects_name=self.brackets.endswith(b"{"))
+        if byte == ord(":"):
+            return self._replace(expects_name=False)
+        return self
+
+    @property
+    def cost(self) -> int:
+        return _OPEN_BRACKET * len(self.brackets) + (_OPEN_STRING if self.in_string else 0)
+
+
+@dataclass(order=True, slots=True)
+class _Node:
+    """A continuation of the value. The cheapest is looked at first, of equals the latest."""
+
+    cost: int
+    order: int
+    matcher: LLMatcher = field(compare=False)
+    position: Position = field(compare=False)
+    text: bytes = field(compare=False)
+    penalty: int = field(compare=False)
+    mask: bytes = field(compare=False)  # of the node before, to see whether there is progress
+    standstill: int = field(compare=False)  # how many bytes long there was none
+
+
+class CompletionSearch:
+    """Finds completions under one schema."""
+
+    def __init__(
+        self, byte_ids: Sequence[int], required: Iterable[str], examples: Iterable[str]
+    ) -> None:
+        """byte_ids: the token of each single byte. required: the names of required properties.
+
+        examples: texts that match the patterns of the schema, one each; tried, not trusted.
+        """
+        self._byte_ids = np.array(byte_ids)
+        self._required = tuple(name.encode() for name in required)
+        escaped = (json.dumps(text, ensure_ascii=False)[1:-1].encode() for text in examples)
+        # Whatever was written, the end of an example may be what is missing.
+        ends = {text[start:] for text in escaped for start in range(len(text))}
+        self._string_ends = sorted(ends, key=lambda text: (len(text), text))
+
+    def find(self, matcher: LLMatcher, position: Position, max_nodes: int) -> bytes | None:
+        """Bytes that complete the value `matcher` has read; it is not moved.
+
+        None when none was found within max_nodes steps.
+        """
+        order = 0
+        heap = [_Node(position.cost, 0, matcher.deep_copy(), position, b"", 0, b"", 0)]
+        for _ in range(max_nodes):
+            if not heap:
+                break
+            node = heapq.heappop(heap)
+            self._take_forced_bytes(node)
+            if node.matcher.is_accepting():
+                return node.text
+            # The best child gets the highest order, so it comes first among equals.
+            for child in reversed(list(self._children(node))):
+                order -= 1
+                child.order = order
+                heapq.heappush(heap, child)
+        return None
+
+    def _take_forced_bytes(self, node: _Node) -> None:
+        while forced := node.matcher.compute_ff_bytes():
+            for byte in forced:
+                if not node.matcher.consume_token(int(self._byte_ids[byte])):
+                    return
+                node.position = node.position.after(byte)
+            node.text += forced
+
+    def _children(self, node: _Node) -> Iterator[_Node]:
+        mask = node.matcher.compute_bitmask()
+        if node.matcher.is_error():
+            return
+        node.standstill = node.standstill + 1 if mask == node.mask else 0
+        allowed = self._allowed_bytes(mask)
+        if text := self._string_end(node, allowed):
+            yield self._child(node, text, mask)
+            return
+        seen: set[bytes] = set()
+        for byte, penalty in self._candidates(node, allowed):
+            child = self._child(node, bytes([byte]), mask, penalty)
+            # In numbers and strings two bytes that allow the same afterwards are as good as one.
+            if not node.position.expects_name and (node.position.in_string or byte in _DIGITS):
+                child_mask = child.matcher.compute_bitmask()
+                if child_mask in seen:
+                    continue
+                seen.add(child_mask)
+                child.cost += child_mask == mask
+            yield child
+
+    def _child(self, node: _Node, text: bytes, mask: bytes, penalty: int = 0) -> _Node:
+        matcher = node.matcher.deep_copy()
+        matcher.consume_tokens(self._byte_ids[list(text)].tolist())
+        position = node.position
+        for byte in text:
+            position = position.after(byte)
+        penalty += node.penalty
+        cost = position.cost + penalty
+        return _Node(cost, 0, matcher, position, node.text + text, penalty, mask, node.standstill)
+
+    def _string_end(self, node: _Node, allowed: bytes) -> bytes:
+        """The shortest end of an example after which the string at hand may close; b"" if none."""
+        position = node.position
+        if not position.in_string or position.expects_name or position.escaped or 0x22 in allowed:
+            return b""
+        for text in self._string_ends:
+            ids = self._byte_ids[list(text + b'"')].tolist()
+            if text[0] in allowed and node.matcher.validate_tokens(ids) == len(ids):
+                return text
+        return b""
+
+    def _allowed_bytes(self, mask: bytes) -> bytes:
+        packed: NDArray[np.uint8] = np.frombuffer(mask, np.uint8)
+        bits = packed[self._byte_ids >> 3] >> (self._byte_ids & 7) & 1
+        return bits.astype(np.uint8).nonzero()[0].astype(np.uint8).tobytes()
+
+    def _candidates(self, node: _Node, allowed: bytes) -> list[tuple[int, int]]:
+        """(byte, penalty) to try next, best first."""
+        position = node.position
+        if position.in_string and position.expects_name and not position.escaped:
+            return self._name_candidates(position.name, allowed)
+        if position.in_string:
+            return [(byte, 0) for byte in self._string_candidates(node, allowed)]
+        for closing in b"}],:":
+            if closing in allowed:
+                return [(closing, 0)]
+        visible = [byte for byte in allowed if byte not in _WHITE_SPACE]
+        # Scalars before brackets; in the order of their bytes, but for the sign.
+        visible.sort(key=lambda byte: (byte in b"[{", byte == ord("-"), byte))
+        return [(byte, 0) for byte in visible or allowed]
+
+    def _name_candidates(self, name: bytes, allowed: bytes) -> list[tuple[int, int]]:
+        """Letters of required names first, then the end of the name, then the rest."""
+        needed = {
+            full[len(name)]
+            for full in self._required
+            if len(full) > len(name) and full.startswith(name)
+        }
+        needed.add(ord('"'))
+        first = [(byte, 0) for byte in allowed if byte in needed]
+        others = [byte for byte in allowed if byte not in needed and byte != ord("\\")]
+        if len(others) > _FREE_TEXT:
+            others = [byte for byte in others if chr(byte).isalnum()][:1]
+        return first + [(byte, _OPTIONAL_NAME) for byte in others]
+
+    def _string_candidates(self, node: _Node, allowed: bytes) -> list[int]:
+        """The closing quote; where it is not allowed, one byte of each kind there is.
+
+        Most strings only want length: then all bytes are alike, and one is tried. Others are looked
+        at when nothing changed for 0, 1, 2, 4, 8, ... bytes: a pattern waits for one of them.
+        """
+        if ord('"') in allowed and not node.position.escaped:
+            return [ord('"')]
+        ascii_bytes = [byte for byte in allowed if byte < 0x80 and byte != ord("\\")]
+        if not ascii_bytes:
+            return list(allowed[:1])
+        letters = [byte for byte in ascii_bytes if chr(byte).isalnum()]
+        if node.standstill & (node.standstill - 1):
+            return letters[:1] or ascii_bytes[:1]
+        kinds = [[b for b in letters if kind(chr(b))] for kind in (str.islower, str.isupper)]
+        kinds.append([byte for byte in letters if byte in _DIGITS])
+        picked = [b for kind in kinds for b in (kind if len(kind) <= 6 else (kind[0], kind[-1]))]
+        return picked + [byte for byte in ascii_bytes if byte not in letters]
