@@ -21,7 +21,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hybridk2 import __version__
-from hybridk2.server import openai
+from hybridk2.server import anthropic, catalogue, completions, openai, page, responses
 from hybridk2.server.context import ServerContext
 from hybridk2.server.errors import ApiError, as_api_error
 from hybridk2.server.limits import receive_body
@@ -30,8 +30,10 @@ from hybridk2.server.security import Gate
 
 access_log = logging.getLogger("hybridk2.server.access")
 
+_PROBES = ("/health", "/metrics")  # asked every few seconds, and of no interest in a log
+
 # Each has `router(context) -> APIRouter`, and REQUESTS, the models of its bodies.
-APIS = (openai,)
+APIS: tuple[Any, ...] = (openai, completions, responses, anthropic, catalogue, page)
 
 
 def create_app(context: ServerContext, gate: Gate) -> ASGIApp:
@@ -79,6 +81,7 @@ async def _refuse(request: Request, error: Exception) -> Response:
 def _add_operations(app: FastAPI, context: ServerContext) -> None:
     """What operates a server rather than asks its model."""
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> Response:
         """200 while requests are answered, 503 while loading, draining or broken."""
@@ -137,4 +140,5 @@ class Door:
             "status": status,
             "ms": round(seconds * 1000, 1),
         }
-        access_log.info("%(method)s %(route)s %(status)d %(ms).1f ms", figures)
+        level = logging.DEBUG if route in _PROBES else logging.INFO
+        access_log.log(level, "%(method)s %(route)s %(status)d %(ms).1f ms", figures)

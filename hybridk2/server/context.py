@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hybridk2.chat.constraints import Constraints
+from hybridk2.chat.template import count_tool_calls
 from hybridk2.server.errors import ApiError
 from hybridk2.server.metrics import ServerMetrics
 from hybridk2.server.worker import EngineWorker, RemoteReply, Start
@@ -17,6 +20,10 @@ if TYPE_CHECKING:
     from hybridk2.assistant import Assistant
     from hybridk2.sampling import TokenConstraint
     from hybridk2.tokenizer import Tokenizer
+
+# Where a call or a JSON value must follow the thought, half of the tokens are kept for it, or this
+# many: more than all but the longest arguments have.
+_ANSWER_TOKENS = 4096
 
 _LOADING_SECONDS = 5  # to wait before the next attempt
 
@@ -45,6 +52,8 @@ class ServerContext:
         self.created = int(time.time())
         self.draining = False
         self.open_requests = 0  # of those that a drain waits for
+        self._constraints: Constraints | None = None
+        self._constraints_lock = threading.Lock()
         self._idle = asyncio.Event()
         self._idle.set()
         metrics.watch(worker)
@@ -83,6 +92,7 @@ class ServerContext:
 
     def constraint(
         self,
+        *,
         tools: Sequence[Mapping[str, Any]] | None,
         tool_choice: str | Mapping[str, Any] | None,
         parallel_tool_calls: bool,
@@ -90,8 +100,29 @@ class ServerContext:
         messages: Sequence[Mapping[str, Any]],
         max_tokens: int | None,
     ) -> TokenConstraint | None:
-        """What a reply is held to, None for nothing. Takes a while: call it in a thread."""
-        return None
+        """What a reply is held to, None for nothing. Takes a while: call it in a thread.
+
+        All in OpenAI's form. Raises RequestError for a form or a schema that cannot be held.
+        """
+        plain = response_format is None or response_format.get("type") == "text"
+        if not tools and plain and tool_choice in (None, "auto", "none"):
+            return None
+        assistant = self.worker.assistant
+        room = assistant.context_tokens - assistant.count_prompt_tokens(messages, tools)
+        answer_tokens = max(min(room, room if max_tokens is None else max_tokens), 1)
+        left_for_the_answer = min(answer_tokens // 2, _ANSWER_TOKENS)
+        with self._constraints_lock:
+            if self._constraints is None:
+                self._constraints = Constraints(assistant.tokenizer)
+            return self._constraints.for_reply(
+                tools,
+                tool_choice,
+                parallel_tool_calls,
+                response_format,
+                tool_calls_in_history=count_tool_calls(messages),
+                max_tokens=answer_tokens,
+                max_think_tokens=answer_tokens - left_for_the_answer,
+            )
 
     def seconds_left(self, arrived: float) -> float | None:
         """Until the deadline of a request that arrived at this time.monotonic(); None: no end."""

@@ -117,7 +117,10 @@ def check_structure(body: bytes) -> None:
 
 def _invalid(error: ValidationError, model: type[BaseModel]) -> ApiError:
     """The first thing that is wrong, by its place."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    errors = error.errors(include_url=False, include_input=False, include_context=False)
+    # Where a field may be of several types, each that it is not of is an error as well; what is
+    # wrong with it as the type that it is says more.
+    first = next((found for found in errors if not found["type"].endswith("_type")), errors[0])
     place = ""
     for part in first["loc"]:
         if isinstance(part, int):

@@ -26,7 +26,7 @@ from hybridk2.chat.generation import collect
 from hybridk2.server.context import ServerContext
 from hybridk2.server.errors import ApiError
 from hybridk2.server.limits import described_body, validated_body
-from hybridk2.server.protocol import ChatCompletionRequest, tool_choice_value
+from hybridk2.server.protocol import ChatCompletionRequest
 from hybridk2.server.sse import ReplyStream, collect_events, comment_frame, data_frame
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _start(
         tools = body.tool_dicts
         constraint = context.constraint(
             tools=tools,
-            tool_choice=tool_choice_value(body.tool_choice),
+            tool_choice=body.tool_choice,
             parallel_tool_calls=body.parallel_tool_calls is not False,
             response_format=body.response_format_dict,
             messages=body.messages,
@@ -117,7 +117,7 @@ def chat_completion(head: dict[str, Any], answers: Sequence[Sequence[Event]]) ->
             }
         )
         usages.append(reply.finish.usage or Usage())
-    return {**head, "choices": choices, "usage": usage_body(usages)}
+    return {**head, "choices": choices, "usage": usage_body(usages, len(usages))}
 
 
 class ChatEncoder:
@@ -164,7 +164,7 @@ class ChatEncoder:
     def end(self) -> bytes:
         if not self._includes_usage:
             return DONE_FRAME
-        usage = usage_body([self._usages[choice] for choice in sorted(self._usages)])
+        usage = usage_body([*self._usages.values()], len(self._usages))
         return data_frame({**self._head, "choices": [], "usage": usage}) + DONE_FRAME
 
     def _opening(self, choice: int) -> bytes:
@@ -188,15 +188,16 @@ class ChatEncoder:
         return data_frame(frame)
 
 
-def usage_body(usages: Sequence[Usage]) -> dict[str, Any]:
-    """What the choices of one prompt cost together."""
-    prompt_tokens = usages[0].prompt_tokens
+def usage_body(usages: Sequence[Usage], choices_per_prompt: int) -> dict[str, Any]:
+    """What all choices cost together; those of one prompt stand side by side."""
+    prompts = usages[::choices_per_prompt]
+    prompt_tokens = sum(usage.prompt_tokens for usage in prompts)
     completion_tokens = sum(usage.completion_tokens for usage in usages)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usages[0].cached_tokens},
+        "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in prompts)},
         "completion_tokens_details": {
             "reasoning_tokens": sum(usage.reasoning_tokens for usage in usages)
         },

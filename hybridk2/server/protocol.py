@@ -7,7 +7,6 @@ What a message may be is the chat template's to say, which names the place of wh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -25,6 +24,11 @@ MAX_TOP_LOGPROBS = 20
 MAX_BIASES = 1024
 MAX_TOKENS = 2**31 - 1
 
+MAX_PROMPTS = 64
+
+_PROMPT_COUNT = Field(min_length=1, max_length=MAX_PROMPTS)
+_COMPLETION_TOKENS = 16
+
 # How Open WebUI begins the prompts of its background tasks: titles, tags, follow-up questions.
 _TASK_PROMPT = "### Task:"
 
@@ -35,13 +39,13 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 Count = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 
 
-class _Body(BaseModel):
+class StrictBody(BaseModel):
     """Strict: a number in quotes is text, and true is no number. NaN and Infinity are refused."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
-class ToolFunction(_Body):
+class ToolFunction(StrictBody):
     """A function that the model may call. What else it says is shown to the model as it is."""
 
     model_config = ConfigDict(extra="allow")
@@ -52,7 +56,7 @@ class ToolFunction(_Body):
     strict: bool | None = None
 
 
-class ToolDeclaration(_Body):
+class ToolDeclaration(StrictBody):
     """A tool in OpenAI's form."""
 
     model_config = ConfigDict(extra="allow")
@@ -61,20 +65,14 @@ class ToolDeclaration(_Body):
     function: ToolFunction
 
 
-class NamedFunction(_Body):
-    """The name in a named tool choice."""
-
-    name: Name
-
-
-class NamedToolChoice(_Body):
-    """The one tool that has to be called."""
-
-    type: Literal["function"]
-    function: NamedFunction
+def as_written(tools: list[ToolDeclaration] | None) -> list[dict[str, Any]] | None:
+    """Tools as the client wrote them: the model reads them word by word."""
+    if tools is None:
+        return None
+    return [tool.model_dump(exclude_unset=True) for tool in tools]
 
 
-class JsonSchemaFormat(_Body):
+class JsonSchemaFormat(StrictBody):
     """The schema of a structured answer."""
 
     name: Name
@@ -83,7 +81,7 @@ class JsonSchemaFormat(_Body):
     strict: bool | None = None
 
 
-class ResponseFormat(_Body):
+class ResponseFormat(StrictBody):
     """What the visible answer has to be."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -96,13 +94,13 @@ class ResponseFormat(_Body):
         return self
 
 
-class StreamOptions(_Body):
+class StreamOptions(StrictBody):
     """What a stream has beside the answer."""
 
     include_usage: bool | None = None
 
 
-class SamplingRequest(_Body):
+class SamplingRequest(StrictBody):
     """What chat completions and completions have in common."""
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
@@ -129,6 +127,12 @@ class SamplingRequest(_Body):
     service_tier: str | None = None
     metadata: dict[str, Any] | None = None
     user: str | None = None
+
+    @property
+    def priority(self) -> Priority:
+        """Background for what no one waits for: OpenAI's flexible tier, a task in the metadata."""
+        marked = self.service_tier == "flex" or (self.metadata and "task" in self.metadata)
+        return "background" if marked else "interactive"
 
     @property
     def includes_usage(self) -> bool:
@@ -166,7 +170,7 @@ class ChatCompletionRequest(SamplingRequest):
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     max_completion_tokens: Count | None = None
     tools: Annotated[list[ToolDeclaration], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["auto", "none", "required"] | NamedToolChoice | None = None
+    tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     logprobs: bool | None = None
@@ -189,11 +193,6 @@ class ChatCompletionRequest(SamplingRequest):
         names = [tool.function.name for tool in self.tools or ()]
         if len(set(names)) != len(names):
             raise ValueError("tools: two tools have the same name")
-        choice = self.tool_choice
-        if choice is not None and choice not in ("auto", "none") and not names:
-            raise ValueError("tool_choice: needs tools to choose from")
-        if isinstance(choice, NamedToolChoice) and choice.function.name not in names:
-            raise ValueError("tool_choice: names a tool that is not among tools")
         return self
 
     @property
@@ -203,10 +202,7 @@ class ChatCompletionRequest(SamplingRequest):
 
     @property
     def tool_dicts(self) -> list[dict[str, Any]] | None:
-        """The tools as the client wrote them: the model reads them word by word."""
-        if self.tools is None:
-            return None
-        return [tool.model_dump(exclude_unset=True) for tool in self.tools]
+        return as_written(self.tools)
 
     @property
     def response_format_dict(self) -> dict[str, Any] | None:
@@ -220,19 +216,67 @@ class ChatCompletionRequest(SamplingRequest):
 
     @property
     def priority(self) -> Priority:
-        """Background for what no one waits for: the flexible tier, and the tasks of front ends.
-
-        Front ends send titles and tags as requests like any other. Known marks are OpenAI's
-        service_tier "flex", a task in the metadata, and the prompt of Open WebUI's tasks.
-        """
-        if self.service_tier == "flex" or (self.metadata and "task" in self.metadata):
+        """Also background: the prompts of tasks that front ends send as requests like any other."""
+        only = self.messages[0].get("content") if len(self.messages) == 1 else None
+        if isinstance(only, str) and only.startswith(_TASK_PROMPT):
             return "background"
-        last = self.messages[-1].get("content")
-        if isinstance(last, str) and len(self.messages) == 1 and last.startswith(_TASK_PROMPT):
-            return "background"
-        return "interactive"
+        return super().priority
 
 
-def tool_choice_value(choice: str | NamedToolChoice | None) -> str | Mapping[str, Any] | None:
-    """A tool choice as constraints take it."""
-    return choice.model_dump() if isinstance(choice, NamedToolChoice) else choice
+class CompletionRequest(SamplingRequest):
+    """POST /v1/completions."""
+
+    prompt: (
+        Annotated[str, Field(min_length=1)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Annotated[str, Field(min_length=1)]], _PROMPT_COUNT]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], _PROMPT_COUNT]
+    )
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    suffix: Annotated[str, Field(max_length=0)] | None = None
+
+    @model_validator(mode="after")
+    def _can_be_done(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError("best_of: only the same as n is possible")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: 0 leaves nothing to answer without echo")
+        return self
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts one by one."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt
+
+    @property
+    def answer_tokens(self) -> int:
+        """At most so many tokens; OpenAI's default."""
+        return _COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+
+
+class TokenizeRequest(StrictBody):
+    """POST /tokenize: a text, or a conversation as the model is shown it."""
+
+    prompt: str | None = None
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
+    tools: Annotated[list[ToolDeclaration], Field(max_length=MAX_TOOLS)] | None = None
+    add_generation_prompt: bool = True
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("expected either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(StrictBody):
+    """POST /detokenize."""
+
+    tokens: list[TokenId]
