@@ -347,6 +347,7 @@ def test_cached_tokens_are_counted_apart() -> None:
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": USAGE.cached_tokens,
         "output_tokens": USAGE.completion_tokens,
+        "output_tokens_details": {"thinking_tokens": USAGE.reasoning_tokens},
     }
 
 
@@ -368,7 +369,7 @@ def test_every_end_has_its_stop_reason(
 
 def test_thinking_that_is_disabled_is_not_sent() -> None:
     events = stream([*THOUGHT, *says("9.9")], Thinking(type="disabled"))
-    assert "think" not in json.dumps(events)
+    assert "think." not in json.dumps(events)
     assert whole_message(events)["content"] == [{"type": "text", "text": "9.9"}]
 
 

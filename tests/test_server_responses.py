@@ -124,6 +124,11 @@ def test_tools_of_unknown_types_are_ignored() -> None:
 
 
 NAMED = {"type": "function", "name": "get_weather"}
+CHAT_NAMED = {"type": "function", "function": {"name": "get_weather"}}
+
+
+def allowed(mode: str, *tools: dict[str, str]) -> dict[str, Any]:
+    return {"type": "allowed_tools", "mode": mode, "tools": list(tools)}
 
 
 @pytest.mark.parametrize(
@@ -133,18 +138,24 @@ NAMED = {"type": "function", "name": "get_weather"}
         ("auto", "auto"),
         ("none", "none"),
         ("required", "required"),
-        (NAMED, {"type": "function", "function": {"name": "get_weather"}}),
-        ({"type": "allowed_tools", "mode": "required", "tools": [NAMED]}, "required"),
-        ({"type": "allowed_tools", "mode": "auto", "tools": [NAMED]}, "auto"),
+        (NAMED, CHAT_NAMED),
+        (
+            allowed("required", NAMED, SHELL),
+            {
+                "type": "allowed_tools",
+                "allowed_tools": {"mode": "required", "tools": [CHAT_NAMED]},
+            },
+        ),
+        (allowed("auto", SHELL), "none"),
     ],
 )
-def test_every_tool_choice_has_its_meaning(choice: Any, expected: Any) -> None:
-    other = {**WEATHER, "name": "get_time"}
-    asked = conversation(tools=[WEATHER, other], tool_choice=choice)
+def test_every_tool_choice_has_its_meaning_and_leaves_the_prompt_as_it_is(
+    choice: Any, expected: Any
+) -> None:
+    asked = conversation(tools=[WEATHER], tool_choice=choice)
     assert asked.tool_choice == expected
-    is_subset = isinstance(choice, dict) and choice["type"] == "allowed_tools"
-    assert asked.tools is not None
-    assert len(asked.tools) == (1 if is_subset else 2)
+    assert asked.messages == conversation().messages
+    assert asked.tools == conversation(tools=[WEATHER]).tools
 
 
 @pytest.mark.parametrize(
@@ -154,8 +165,10 @@ def test_every_tool_choice_has_its_meaning(choice: Any, expected: Any) -> None:
         "any",
         NAMED,
         {"type": "web_search"},
-        {"type": "allowed_tools", "mode": "required", "tools": [NAMED]},
+        allowed("required", NAMED),
         {"type": "function"},
+        {"type": "function", "name": ["get_weather"]},
+        allowed("required", ["get_weather"]),  # type: ignore[arg-type]
     ],
 )
 def test_a_choice_that_no_declared_function_fulfils_is_refused(choice: Any) -> None:

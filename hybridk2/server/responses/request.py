@@ -87,11 +87,10 @@ def read_conversation(request: ResponsesRequest) -> Conversation:
     else:
         messages.extend(_InputReader().read(request.input))
     tools = _read_tools(request.tools or [])
-    tool_choice, tools = _read_tool_choice(request.tool_choice, tools)
     return Conversation(
         messages=messages,
         tools=tools or None,
-        tool_choice=tool_choice,
+        tool_choice=_read_tool_choice(request.tool_choice, tools),
         parallel_tool_calls=request.parallel_tool_calls is not False,
         response_format=_read_format(request.text.format if request.text is not None else None),
     )
@@ -253,32 +252,36 @@ def _read_tools(declarations: list[ToolDeclaration]) -> list[dict[str, Any]]:
 
 def _read_tool_choice(
     choice: str | dict[str, Any] | None, tools: list[dict[str, Any]]
-) -> tuple[str | dict[str, Any], list[dict[str, Any]]]:
-    """The choice in chat completions' terms, and the tools that it leaves.
+) -> str | dict[str, Any]:
+    """In chat completions' terms. Raises ChatError for what the declared functions cannot fulfil.
 
-    Raises ChatError for a choice that the declared functions cannot fulfil.
+    All tools are rendered whatever the choice is, so that prompts keep their prefix.
     """
-    names = {tool["function"]["name"] for tool in tools}
+    names = [tool["function"]["name"] for tool in tools]
     match choice:
         case None | "auto" | "none":
-            return choice or "auto", tools
+            return choice or "auto"
         case "required" if names:
-            return "required", tools
-        case {"type": "function", "name": name} if name in names:
-            return {"type": "function", "function": {"name": name}}, tools
-        case {"type": "allowed_tools", "mode": "auto" | "required" as mode, "tools": list(allowed)}:
-            kept = [
-                tool
-                for tool in tools
-                if {"type": "function", "name": tool["function"]["name"]} in allowed
+            return choice
+        case {"type": "function", "name": str(name)} if name in names:
+            return _function(name)
+        case {"type": "allowed_tools", "mode": "auto" | "required" as mode, "tools": list(listed)}:
+            allowed = [
+                _function(name) for name in names if {"type": "function", "name": name} in listed
             ]
-            if kept or mode == "auto":
-                return mode, kept
+            if not allowed and mode == "auto":
+                return "none"
+            if allowed:
+                return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": allowed}}
     raise ChatError(
         'tool_choice: expected "auto", "none", "required", a declared function as '
         '{"type": "function", "name": ...} or {"type": "allowed_tools", ...}; what it asks for '
         "must be declared in tools, with type function."
     )
+
+
+def _function(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
 
 
 def _read_format(text_format: TextFormat | None) -> dict[str, Any] | None:
