@@ -8,7 +8,7 @@ Does not know tokens beyond those of single bytes, nor budgets (json_values.py).
 
 import heapq
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -23,8 +23,8 @@ _DIGITS = frozenset(b"0123456789")
 _OPEN_BRACKET = 8
 _OPEN_STRING = 4
 _OPTIONAL_NAME = 16
-# A key or a string that allows more bytes than this is free text.
-_FREE_TEXT = 64
+# Where a name may go on with more bytes than this, it is no declared one.
+_MAX_NAME_BRANCHES = 56
 
 
 class Position(NamedTuple):
@@ -93,24 +93,25 @@ class CompletionSearch:
         ends = {text[start:] for text in escaped for start in range(len(text))}
         self._string_ends = sorted(ends, key=lambda text: (len(text), text))
 
-    def find(self, matcher: LLMatcher, position: Position, max_nodes: int) -> bytes | None:
+    def find(self, matcher: LLMatcher, position: Position, max_steps: int) -> bytes | None:
         """Bytes that complete the value `matcher` has read; it is not moved.
 
-        None when none was found within max_nodes steps.
+        None when none was found within max_steps continuations.
         """
-        order = 0
+        order = steps = 0
         heap = [_Node(position.cost, 0, matcher.deep_copy(), position, b"", 0, b"", 0)]
-        for _ in range(max_nodes):
-            if not heap:
-                break
+        while heap and steps < max_steps:
             node = heapq.heappop(heap)
             self._take_forced_bytes(node)
             if node.matcher.is_accepting():
                 return node.text
-            # The best child gets the highest order, so it comes first among equals.
-            for child in reversed(list(self._children(node))):
-                order -= 1
+            children = self._children(node)
+            steps += len(children)
+            for rank, child in reversed(list(enumerate(children))):
+                order -= 1  # the best is pushed last, and comes first among equals
                 child.order = order
+                child.penalty += rank
+                child.cost = child.position.cost + child.penalty
                 heapq.heappush(heap, child)
         return None
 
@@ -122,15 +123,17 @@ class CompletionSearch:
                 node.position = node.position.after(byte)
             node.text += forced
 
-    def _children(self, node: _Node) -> Iterator[_Node]:
+    def _children(self, node: _Node) -> list[_Node]:
+        """One byte, or the rest of a string, further; best first."""
         mask = node.matcher.compute_bitmask()
         if node.matcher.is_error():
-            return
+            return []
         node.standstill = node.standstill + 1 if mask == node.mask else 0
         allowed = self._allowed_bytes(mask)
         if text := self._string_end(node, allowed):
-            yield self._child(node, text, mask)
-            return
+            return [self._child(node, text, mask)]
+        children: list[_Node] = []
+        without_progress: list[_Node] = []
         seen: set[bytes] = set()
         for byte, penalty in self._candidates(node, allowed):
             child = self._child(node, bytes([byte]), mask, penalty)
@@ -140,8 +143,11 @@ class CompletionSearch:
                 if child_mask in seen:
                     continue
                 seen.add(child_mask)
-                child.cost += child_mask == mask
-            yield child
+                if child_mask == mask:
+                    without_progress.append(child)
+                    continue
+            children.append(child)
+        return children + without_progress
 
     def _child(self, node: _Node, text: bytes, mask: bytes, penalty: int = 0) -> _Node:
         matcher = node.matcher.deep_copy()
@@ -150,8 +156,7 @@ class CompletionSearch:
         for byte in text:
             position = position.after(byte)
         penalty += node.penalty
-        cost = position.cost + penalty
-        return _Node(cost, 0, matcher, position, node.text + text, penalty, mask, node.standstill)
+        return _Node(0, 0, matcher, position, node.text + text, penalty, mask, node.standstill)
 
     def _string_end(self, node: _Node, allowed: bytes) -> bytes:
         """The shortest end of an example after which the string at hand may close; b"" if none."""
@@ -194,8 +199,9 @@ class CompletionSearch:
         needed.add(ord('"'))
         first = [(byte, 0) for byte in allowed if byte in needed]
         others = [byte for byte in allowed if byte not in needed and byte != ord("\\")]
-        if len(others) > _FREE_TEXT:
-            others = [byte for byte in others if chr(byte).isalnum()][:1]
+        if len(others) > _MAX_NAME_BRANCHES:
+            # Free text, where one letter is as good as another; or within a character of it.
+            others = [byte for byte in others if chr(byte).isalnum()][:1] or others[:1]
         return first + [(byte, _OPTIONAL_NAME) for byte in others]
 
     def _string_candidates(self, node: _Node, allowed: bytes) -> list[int]:

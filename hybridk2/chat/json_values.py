@@ -57,8 +57,8 @@ _GRAMMAR_OPTIONS: JsonCompileOptions = {
 # A pattern that needs more states than this (about 2 kB each) is refused, while it is compiled or
 # while it is written. Schemas in use need some hundred.
 _MAX_LEXER_STATES = 20_000
-# Steps of a search. A property takes about four; a step takes 20 to 50 us on K2's vocabulary.
-_MAX_SEARCH_NODES = 4_000
+# Of a search. A property takes about four; one takes 20 to 50 us on K2's vocabulary.
+_MAX_SEARCH_STEPS = 10_000
 _MAX_COMPLETION_TOKENS = 8_192
 _CACHED_SCHEMAS = 256
 _NO_VALUE = "no short value was found that is valid under it; simplify it."
@@ -88,7 +88,7 @@ class JsonSchema:
 
     def complete(self, matcher: LLMatcher, position: Position) -> list[int] | None:
         """Few tokens that complete a value half written; None when no short end was found."""
-        text = self._search.find(matcher, position, _MAX_SEARCH_NODES)
+        text = self._search.find(matcher, position, _MAX_SEARCH_STEPS)
         return None if text is None else self.vocabulary.tokens(text)
 
 
@@ -193,7 +193,7 @@ class SchemaCompiler:
                 "or, requiring itself, no end; lower its bounds."
             )
         search = self._search(schema)
-        completion = search.find(matcher, Position(), _MAX_SEARCH_NODES)
+        completion = search.find(matcher, Position(), _MAX_SEARCH_STEPS)
         if completion is None:
             raise RequestError(f"{where}: {_NO_VALUE}")
         completion_tokens = len(self._vocabulary.tokens(completion))
@@ -208,7 +208,7 @@ class SchemaCompiler:
         schema: dict[str, Any] = {"type": "string"}
         schema.update((key, node[key]) for key in ("pattern", "format") if key in node)
         matcher = self._matcher(json.dumps(schema), where)
-        completion = self._search(schema).find(matcher, Position(), _MAX_SEARCH_NODES)
+        completion = self._search(schema).find(matcher, Position(), _MAX_SEARCH_STEPS)
         if completion is None:
             raise RequestError(f"{where}: a pattern or a format: {_NO_VALUE}")
         return len(self._vocabulary.tokens(completion))
