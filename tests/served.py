@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,11 @@ from hybridk2.server.worker import EngineWorker
 
 HOST = "127.0.0.1"
 
+# One for all: making a client costs more than most requests. It leaves no connection open.
+_CLIENT = httpx.Client(
+    timeout=60, headers={"Connection": "close"}, limits=httpx.Limits(max_connections=None)
+)
+
 
 @dataclass
 class Served:
@@ -39,10 +45,15 @@ class Served:
         return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=60, **options)
+        return _CLIENT.get(self.url + path, **options)
 
     def post(self, path: str, body: Mapping[str, Any], **options: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=60, **options)
+        return _CLIENT.post(self.url + path, json=body, **options)
+
+    def signal(self) -> None:
+        """What the first SIGTERM does."""
+        loop = self.server.servers[0].get_loop()
+        loop.call_soon_threadsafe(self.server.leave, signal.SIGTERM)
 
     def chat(self, question: str = "hello", **fields: Any) -> httpx.Response:
         """One chat completion, by hand."""
