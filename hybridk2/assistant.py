@@ -16,9 +16,11 @@ from hybridk2.chat.parser import OutputParser
 from hybridk2.chat.template import count_tool_calls, render
 from hybridk2.checkpoint import LoadProgress, locate_model
 from hybridk2.config import EngineConfig, K2Config
-from hybridk2.engine import Engine, EngineStats, Generation, Priority
+from hybridk2.engine import Engine, EngineStats
 from hybridk2.errors import CheckpointError
+from hybridk2.request import Generation
 from hybridk2.sampling import GeneratedToken, SamplingParams, TokenConstraint
+from hybridk2.scheduler import Priority
 from hybridk2.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -190,7 +192,7 @@ class ReplyInProgress:
         self._stream = ReplyStream(parser, params.stop)
         self._tokenizer = tokenizer
         self._read_tokens = 0
-        self._reports_prompt = generation.prompt_logprobs is not None
+        self._reports_prompt = generation.task.prompt_logprobs is not None
         self.done = False  # no event will come any more
 
     @property

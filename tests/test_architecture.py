@@ -27,8 +27,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("checkpoint", "tokenizer", "sampling", "hardware", "device"),
     ("chat", "placement"),
     ("planner",),
-    ("experts", "kv_cache"),
-    ("model",),
+    ("experts", "kv_cache", "scheduler"),
+    ("model", "request"),
+    ("execution",),
     ("engine", "sessions"),
     ("assistant",),
     ("verification", "synthesis", "tuner", "server"),
@@ -46,7 +47,9 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     # The model sees no argv, environment, HTTP or paths.
     "model": ("os", "sys", "pathlib", "argparse", "click", "http", "urllib", "requests", "httpx"),
     # The engine speaks token ids only.
-    "engine": ("hybridk2.tokenizer", "hybridk2.chat"),
+    **dict.fromkeys(
+        ("engine", "execution", "request", "scheduler"), ("hybridk2.tokenizer", "hybridk2.chat")
+    ),
 }
 # What these import when they are imported, directly or not, must not load torch: `hybridk2 --help`
 # answers at once, and text can be tokenised where no model runs.

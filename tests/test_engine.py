@@ -9,7 +9,13 @@ import torch
 
 from hybridk2.config import EngineConfig
 from hybridk2.engine import Engine
-from hybridk2.errors import ConfigError, EngineError, OutOfMemoryError, RequestError
+from hybridk2.errors import (
+    ConfigError,
+    EngineError,
+    HybridK2Error,
+    OutOfMemoryError,
+    RequestError,
+)
 from hybridk2.sampling import GeneratedToken, SamplingParams
 from tests.reference import Reference
 
@@ -165,32 +171,25 @@ def test_closing_the_iterator_frees_the_request(engine: Engine) -> None:
     assert not engine.step()
 
 
-def test_requests_wait_when_the_cache_is_promised_to_others(engine: Engine) -> None:
-    params = SamplingParams(seed=1)  # may use the whole context
-    generations = [engine.submit(prompt(engine, 5, seed=n), params, stop_ids=()) for n in range(6)]
-    engine.step()
-    assert [g.prefilled_tokens > 0 for g in generations] == [True] * 4 + [False] * 2
-    engine.cancel(generations[0])
-    engine.step()
-    assert generations[4].prefilled_tokens > 0
-    for generation in generations:
-        engine.cancel(generation)
-    assert not engine.step()
-
-
+@pytest.mark.parametrize(
+    ("injected", "kind"), [(MemoryError, OutOfMemoryError), (ZeroDivisionError, EngineError)]
+)
 def test_a_failed_step_ends_its_request_and_not_the_engine(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    injected: type[Exception],
+    kind: type[HybridK2Error],
 ) -> None:
     question = prompt(engine, 20, seed=9)
     wanted = ids(engine.generate(question, GREEDY, stop_ids=()))
 
     def fail(*args: object) -> None:
-        raise MemoryError("injected")
+        raise injected("injected")
 
     before = engine._cache.available_tokens
     with monkeypatch.context() as patch:
         patch.setattr(engine._model.layers[1].attention, "forward", fail)
-        with pytest.raises(EngineError, match="MemoryError: injected"):
+        with pytest.raises(kind, match=f"{injected.__name__}: injected"):
             ids(engine.generate(question, GREEDY, stop_ids=()))
     assert engine._cache.available_tokens == before
     assert ids(engine.generate(question, GREEDY, stop_ids=())) == wanted

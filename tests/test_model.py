@@ -12,12 +12,12 @@ from torch import Tensor
 from hybridk2.checkpoint import Checkpoint, RouterWeights
 from hybridk2.config import K2Config
 from hybridk2.device import CpuDevice
-from hybridk2.engine import load_model
 from hybridk2.experts.host import HostExperts, available_isas
 from hybridk2.experts.loading import load_experts
 from hybridk2.kv_cache import PagedLatentCache
 from hybridk2.model.k2 import K2Model
 from hybridk2.model.layers import yarn_inverse_frequencies
+from hybridk2.model.loading import load_model
 from hybridk2.model.moe import TopKRouter
 from tests.reference import Reference
 from tests.test_config import K2_THINKING
