@@ -94,12 +94,14 @@ function takeList(lines, at, take) {
   const items = [];
   let end = at;
   while (end < lines.length) {
-    const item = ITEM.exec(lines[end]);
-    const isBlank = !lines[end].trim();
+    const line = lines[end];
+    const next = lines[end + 1] ?? "";
+    const item = ITEM.exec(line);
+    const goesOn = line.trim() ? /^\s/.test(line) : /^\s+\S/.test(next) || ITEM.test(next);
     if (item && /\d/.test(item[2]) === isOrdered) {
       items.push([item[3]]);
-    } else if (isBlank ? /^(\s+\S|[ \t]*([-*+]|\d+[.)]) )/.test(lines[end + 1] ?? "") : /^\s/.test(lines[end])) {
-      items.at(-1).push(lines[end].replace(/^(\t| {1,4})/, ""));
+    } else if (goesOn) {
+      items.at(-1).push(line.replace(/^(\t| {1,4})/, ""));
     } else {
       break;
     }
@@ -359,6 +361,7 @@ class Refusal extends Error {
   }
 }
 
+/** Fetch from the server, with its key if it wants one. Throws a Refusal for any other answer. */
 async function ask(path, options = {}) {
   const key = sessionStorage.getItem(KEY);
   const headers = { "Content-Type": "application/json" };
@@ -371,8 +374,39 @@ async function ask(path, options = {}) {
     throw new Refusal(0, "The server cannot be reached.");
   }
   if (response.ok) return response;
+  if (response.status === 401 && (await askForKey())) return ask(path, options);
   const body = await response.json().catch(() => null);
   throw new Refusal(response.status, body?.error?.message ?? `HTTP ${response.status}`);
+}
+
+let connecting = null;
+
+/** Resolves when it is known which model answers. */
+function connected() {
+  connecting ??= connect().catch((error) => {
+    connecting = null;
+    throw error;
+  });
+  return connecting;
+}
+
+/** Ask which model answers; while it loads, say so and ask again. */
+async function connect() {
+  for (;;) {
+    try {
+      const models = await (await ask("v1/models")).json();
+      const [served] = models.data;
+      model.id = served.id;
+      model.contextTokens = served.context_length ?? 0;
+      byId("model").textContent = served.id;
+      notify(conversations.isKept ? "" : "This browser keeps no conversations of this page.");
+      return;
+    } catch (error) {
+      notify(error.message);
+      if (error.status === 401) throw error;
+      await new Promise((resolve) => setTimeout(resolve, 2000));
+    }
+  }
 }
 
 /** The frames of an event stream: {data} or {comment}. */
@@ -422,8 +456,13 @@ class Reply {
 
   /** Read the whole reply, calling `changed` whenever there is something new to show. */
   async read(changed) {
+    const { signal } = this.abort;
+    const aborted = new Promise((_, reject) => {
+      signal.addEventListener("abort", () => reject(signal.reason));
+    });
+    await Promise.race([connected(), aborted]);
     const body = JSON.stringify(requestBody(this.conversation));
-    const options = { method: "POST", body, signal: this.abort.signal };
+    const options = { method: "POST", body, signal };
     const response = await ask("v1/chat/completions", options);
     this.conversation.messages.push(this.message);
     for await (const { data, comment } of framesOf(response)) {
@@ -533,7 +572,7 @@ function drawList() {
     return row;
   });
   byId("conversations").replaceChildren(...rows);
-  byId("title").textContent = current.title;
+  byId("title").textContent = current.messages.length ? current.title : "";
   document.title = current.messages.length ? `${current.title} · HybridK2` : "HybridK2";
 }
 
@@ -641,6 +680,7 @@ function drawThought(node, message, isThinking, reply) {
 }
 
 function drawCalls(container, message, index, isStreaming) {
+  while (container.children.length > message.tool_calls.length) container.lastElementChild.remove();
   message.tool_calls.forEach((call, place) => {
     let form = container.children[place];
     if (!form) {
@@ -737,13 +777,14 @@ async function answer(conversation) {
   byId("speed").textContent = "";
   const reply = new Reply(conversation);
   replies.set(conversation.id, reply);
-  await keep(conversation);
+  drawMessages();
   log.scrollTop = log.scrollHeight;
+  await keep(conversation);
   const clock = setInterval(draw, 1000); // the seconds of a thought
   try {
     await reply.read(draw);
   } catch (error) {
-    await failed(reply, error);
+    failed(reply, error);
   } finally {
     clearInterval(clock);
     reply.endThought();
@@ -755,13 +796,10 @@ async function answer(conversation) {
   }
 }
 
-async function failed(reply, error) {
+function failed(reply, error) {
   const { conversation, message } = reply;
   if (error.name === "AbortError") {
     message.mistake = "Stopped.";
-  } else if (error.status === 401) {
-    askForKey(() => answer(conversation));
-    return;
   } else {
     message.mistake = error.message;
   }
@@ -825,21 +863,24 @@ function fitInput() {
 
 // ---------------------------------------------------------------------------- Dialogs and start
 
-function askForKey(then) {
-  const dialog = byId("key-dialog");
-  if (dialog.open) return;
-  dialog.returnValue = "";
-  dialog.onclose = () => {
+let askingForKey = null;
+
+/** Whether a person gave a key; asked once, however many requests want one. */
+function askForKey() {
+  askingForKey ??= new Promise((resolve) => {
+    const dialog = byId("key-dialog");
     const field = dialog.querySelector("input");
-    if (dialog.returnValue === "save" && field.value) {
-      sessionStorage.setItem(KEY, field.value.trim());
-      then();
-    } else {
-      notify("Without its API key this server does not answer.");
-    }
-    field.value = "";
-  };
-  dialog.showModal();
+    dialog.returnValue = "";
+    dialog.onclose = () => {
+      const key = dialog.returnValue === "save" ? field.value.trim() : "";
+      if (key) sessionStorage.setItem(KEY, key);
+      field.value = "";
+      askingForKey = null;
+      resolve(Boolean(key));
+    };
+    dialog.showModal();
+  });
+  return askingForKey;
 }
 
 function openSettings() {
@@ -882,25 +923,6 @@ function toggleMenu() {
   byId("menu").setAttribute("aria-expanded", String(isOpen));
 }
 
-/** Learn which model answers; while it loads, say how far it is and ask again. */
-async function connect() {
-  try {
-    const models = await (await ask("v1/models")).json();
-    const [served] = models.data;
-    model.id = served.id;
-    model.contextTokens = served.context_length ?? 0;
-    byId("model").textContent = served.id;
-    notify(conversations.isKept ? "" : "This browser keeps no conversations of this page.");
-  } catch (error) {
-    if (error.status === 401) {
-      askForKey(connect);
-    } else {
-      notify(error.message);
-      setTimeout(connect, 2000);
-    }
-  }
-}
-
 function listen() {
   byId("composer").addEventListener("submit", (event) => {
     event.preventDefault();
@@ -913,7 +935,9 @@ function listen() {
       send(input.value);
     } else if (event.key === "ArrowUp" && !input.value && !replies.has(current.id)) {
       const last = current.messages.findLastIndex((message) => message.role === "user");
-      if (last >= 0) edit(last);
+      if (last < 0) return;
+      event.preventDefault(); // the caret stays at the end
+      edit(last);
     }
   });
   document.addEventListener("keydown", (event) => {
@@ -934,7 +958,9 @@ function listen() {
   byId("theme").addEventListener("click", changeTheme);
   byId("settings").addEventListener("click", openSettings);
   byId("settings-dialog").addEventListener("submit", closeSettings);
-  byId("down").addEventListener("click", () => log.scrollTo({ top: log.scrollHeight, behavior: "smooth" }));
+  byId("down").addEventListener("click", () => {
+    log.scrollTo({ top: log.scrollHeight, behavior: "smooth" });
+  });
   log.addEventListener("scroll", showDown, { passive: true });
   addEventListener("pagehide", () => {
     for (const { conversation } of replies.values()) conversations.save(conversation);
@@ -946,4 +972,5 @@ listen();
 await conversations.open();
 drawList();
 drawMessages();
-await connect();
+connected().catch(() => {}); // it has said what is wrong
+
