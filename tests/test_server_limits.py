@@ -20,7 +20,7 @@ from hybridk2.server import limits
 from hybridk2.server.errors import ApiError
 from hybridk2.server.limits import MAX_BODY_BYTES, MAX_DEPTH, check_structure, parse_body
 from hybridk2.server.protocol import ChatCompletionRequest, CompletionRequest
-from tests.scripted_engine import ENDLESS, ScriptedEngine
+from tests.scripted_engine import ENDLESS, ScriptedEngine, until
 from tests.served import HOST, Served, serving
 
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -106,8 +106,8 @@ def test_the_scan_finds_the_depth_of_any_json_whatever_its_strings_hold(
 
 def test_strings_full_of_quotes_brackets_and_backslashes_are_no_structure() -> None:
     nasty = '\\"[{' * (2 * MAX_DEPTH) + "\\" * 7 + '"'
-    body = parse_body(json.dumps(BODY | {"user": nasty}).encode(), ChatCompletionRequest)
-    assert body.user == nasty
+    body = parse_body(json.dumps(BODY | {"service_tier": nasty}).encode(), ChatCompletionRequest)
+    assert body.service_tier == nasty
 
 
 def test_a_body_of_very_many_values_is_refused_before_objects_are_made_of_it() -> None:
@@ -273,10 +273,26 @@ def test_a_declared_length_beyond_the_limit_is_refused_without_reading(served: S
         assert status_of(client) == 413
 
 
+def test_bodies_together_hold_no_more_than_their_bound_and_give_it_back(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "MAX_HELD_BYTES", 1000)
+    with socket.create_connection((HOST, served.port), timeout=10) as client:
+        client.sendall(head(served, "Content-Type: application/json", "Content-Length: 900"))
+        client.sendall(b" " * 800)
+        assert until(lambda: served.context.open_requests == 1)
+        time.sleep(0.1)
+        refused = post(served, json.dumps(BODY | {"service_tier": "x" * 500}).encode())
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "busy"
+    assert until(lambda: served.context.open_requests == 0)
+    assert post(served, json.dumps(BODY).encode()).status_code == 200
+
+
 def test_a_body_that_stops_before_its_declared_length_is_given_up(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(limits, "PIECE_SECONDS", 0.2)
     with socket.create_connection((HOST, served.port), timeout=10) as client:
         client.sendall(head(served, "Content-Type: application/json", "Content-Length: 100"))
         client.sendall(b'{"model"')
@@ -339,7 +355,7 @@ def test_while_heavy_bodies_are_refused_another_stream_keeps_flowing() -> None:
     engine.default = ENDLESS
     deep = json.dumps(BODY).encode()[:-1] + b', "metadata": ' + b"[" * 20_000 + b"]" * 20_000 + b"}"
     wide = json.dumps(BODY).encode()[:-1] + b', "metadata": [' + b"{}," * 5_000_000 + b"0]}"
-    long = json.dumps(BODY | {"temperature": -1, "user": '\\"\u00e9' * 1_500_000}).encode()
+    long = json.dumps(BODY | {"temperature": -1, "service_tier": '\\"\u00e9' * 1_500_000}).encode()
     gaps: list[float] = []
     with serving(lambda on_progress: engine) as served:
         stop = threading.Event()

@@ -21,10 +21,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hybridk2 import __version__
+from hybridk2.errors import HybridK2Error
 from hybridk2.server import anthropic, catalogue, completions, openai, page, responses
 from hybridk2.server.context import ServerContext
-from hybridk2.server.errors import ApiError, as_api_error
-from hybridk2.server.limits import receive_body
+from hybridk2.server.errors import UNEXPECTED, ApiError, as_api_error
+from hybridk2.server.limits import Bodies
 from hybridk2.server.openai import json_response
 from hybridk2.server.security import Gate
 
@@ -48,8 +49,9 @@ def create_app(context: ServerContext, gate: Gate) -> ASGIApp:
     for api in APIS:
         app.include_router(api.router(context))
     _add_operations(app, context)
-    for kind in (ApiError, HTTPException, Exception):
+    for kind in (ApiError, HybridK2Error, HTTPException, MemoryError):
         app.add_exception_handler(kind, _refuse)
+    app.add_exception_handler(Exception, _refuse_unexpected)
     app.openapi = lambda: _description(app)  # type: ignore[method-assign]  # as FastAPI documents
     guarded: ASGIApp = Door(app, context, gate)
     if context.settings.cors_origins:
@@ -76,6 +78,11 @@ def _description(app: FastAPI) -> dict[str, Any]:
 
 async def _refuse(request: Request, error: Exception) -> Response:
     return as_api_error(error).response(request.url.path)
+
+
+async def _refuse_unexpected(request: Request, error: Exception) -> Response:
+    """Starlette raises it on, so that the door sees and logs it."""
+    return UNEXPECTED.response(request.url.path)
 
 
 def _add_operations(app: FastAPI, context: ServerContext) -> None:
@@ -106,6 +113,7 @@ class Door:
         self._app = app
         self._context = context
         self._gate = gate
+        self._bodies = Bodies()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request. Whatever is raised has become a response before it gets out of here."""
@@ -123,12 +131,14 @@ class Door:
             try:
                 self._gate.check(scope)
                 if scope["method"] == "POST":
-                    await receive_body(scope, receive)
+                    await self._bodies.receive(scope, receive)
                 await self._app(scope, receive, noting_send)
             except Exception as error:  # noqa: BLE001 - becomes the response, if none was begun
+                refusal = as_api_error(error)
                 if not status:
-                    response = as_api_error(error).response(scope["path"])
-                    await response(scope, receive, noting_send)
+                    await refusal.response(scope["path"])(scope, receive, noting_send)
+            finally:
+                self._bodies.release(scope)
         self._log(scope, status, time.monotonic() - started)
 
     def _log(self, scope: Scope, status: int, seconds: float) -> None:

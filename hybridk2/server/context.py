@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridk2.chat.constraints import Constraints
 from hybridk2.chat.template import count_tool_calls
+from hybridk2.errors import QueueFullError
 from hybridk2.server.errors import ApiError
 from hybridk2.server.metrics import ServerMetrics
 from hybridk2.server.worker import EngineWorker, RemoteReply, Start
@@ -86,9 +88,13 @@ class ServerContext:
 
     async def begin_all(self, starts: Sequence[Start]) -> list[RemoteReply]:
         """Begin several replies, or none of them. Raises what `EngineWorker.begin_all` raises, and
-        ApiError while nothing can be answered."""
+        ApiError while nothing can be answered, or no more."""
         self.refuse_unless_ready()
-        return await self.worker.begin_all(starts)
+        try:
+            return await self.worker.begin_all(starts)
+        except QueueFullError as error:
+            seconds = math.ceil(self.worker.mean_reply_seconds)
+            raise ApiError(503, str(error), "queue_full", retry_after_seconds=seconds) from error
 
     def constraint(
         self,

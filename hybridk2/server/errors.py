@@ -96,6 +96,9 @@ class ApiError(Exception):
         return Response(to_json(body), self.status, self.headers, media_type="application/json")
 
 
+UNEXPECTED = ApiError(500, "the server failed at this request; see its log", "internal_error")
+
+
 def as_api_error(error: BaseException) -> ApiError:
     """What a client is told of this exception. What nobody expected is logged, with its traceback.
 
@@ -108,11 +111,11 @@ def as_api_error(error: BaseException) -> ApiError:
         case HTTPException():
             return _of_routing(error)
         case QueueFullError():
-            return ApiError(503, str(error), "queue_full", retry_after_seconds=5)
+            return ApiError(503, str(error), "queue_full", retry_after_seconds=1)
         case NotReadyError():
             return ApiError(503, str(error), "model_unavailable", retry_after_seconds=10)
         case ContextLengthError():
-            return ApiError(400, str(error), "context_length_exceeded", "messages")
+            return ApiError(400, str(error), "context_length_exceeded")
         case ChatError() | RequestError():
             field = _FIELD.match(str(error))
             return ApiError(400, str(error), "invalid_value", field.group(1) if field else None)
@@ -128,7 +131,7 @@ def as_api_error(error: BaseException) -> ApiError:
             logger.error("a request failed", exc_info=error)
             return ApiError(500, "the server failed at this request; see its log", "server_error")
     logger.error("a request failed unexpectedly", exc_info=error)
-    return ApiError(500, "the server failed at this request; see its log", "internal_error")
+    return UNEXPECTED
 
 
 def _of_routing(error: HTTPException) -> ApiError:

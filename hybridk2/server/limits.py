@@ -23,7 +23,9 @@ MAX_BODY_BYTES = 16 << 20
 MAX_DEPTH = 100  # of nested lists and objects; the deepest schemas in use have about 30
 MAX_VALUES = 400_000  # of lists and objects together; a prompt of token ids has up to 262,144
 
-BODY_SECONDS = 30.0  # within which the next piece of a body has to come
+MAX_HELD_BYTES = 256 << 20  # of all bodies together
+PIECE_SECONDS = 30.0  # within which the next piece of a body has to come
+UPLOAD_SECONDS = 300.0  # within which all of it has to
 
 _SCAN_BYTES = 1 << 20
 _THREAD_BYTES = 64 << 10  # parsing less than this takes below a millisecond
@@ -33,30 +35,47 @@ _BODY = "hybridk2.body"  # where the body lies in the ASGI scope
 Model = TypeVar("Model", bound=BaseModel)
 
 
-async def receive_body(scope: Scope, receive: Receive) -> None:
-    """Read the whole body and keep it for `validated_body`. Raises ApiError beyond the limits.
+class Bodies:
+    """The bodies that one server holds, together no more than MAX_HELD_BYTES."""
 
-    The rest of a body that is refused is read and dropped by uvicorn, so that the client, which may
-    still be sending, gets to read the refusal.
-    """
-    declared = _content_length(scope)
-    if declared is not None and declared > MAX_BODY_BYTES:
-        raise _too_large()
-    body = bytearray()
-    more = True
-    while more:
-        try:
-            async with asyncio.timeout(BODY_SECONDS):
-                message = await receive()
-        except TimeoutError as error:
-            raise ApiError(408, f"no more of the body came in {BODY_SECONDS:.0f} s") from error
-        if message["type"] == "http.disconnect":
-            raise ApiError(400, "the connection ended before the body did")
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-        if len(body) > MAX_BODY_BYTES:
+    def __init__(self) -> None:
+        self._held_bytes = 0
+
+    async def receive(self, scope: Scope, receive: Receive) -> None:
+        """Read the whole body and keep it for `validated_body`, until `release`.
+
+        Raises ApiError beyond the limits. The rest of a body that is refused is read and dropped by
+        uvicorn, so that the client, which may still be sending, gets to read the refusal.
+        """
+        if _content_length(scope) > MAX_BODY_BYTES:
             raise _too_large()
-    scope[_BODY] = bytes(body)
+        body = scope[_BODY] = bytearray()
+        try:
+            async with asyncio.timeout(UPLOAD_SECONDS):
+                while await self._receive_piece(body, receive):
+                    pass
+        except TimeoutError as error:
+            raise ApiError(408, "the body did not come in time", "body_too_slow") from error
+
+    async def _receive_piece(self, body: bytearray, receive: Receive) -> bool:
+        """Whether more is to come."""
+        async with asyncio.timeout(PIECE_SECONDS):
+            message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ApiError(499, "the client has gone")  # nobody reads it; the log does
+        piece = message.get("body", b"")
+        if len(body) + len(piece) > MAX_BODY_BYTES:
+            raise _too_large()
+        if self._held_bytes + len(piece) > MAX_HELD_BYTES:
+            message_text = "too many large requests arrive at once; come again later"
+            raise ApiError(503, message_text, "busy", retry_after_seconds=5)
+        self._held_bytes += len(piece)
+        body += piece
+        return bool(message.get("more_body", False))
+
+    def release(self, scope: Scope) -> None:
+        """The request has ended."""
+        self._held_bytes -= len(scope.pop(_BODY, b""))
 
 
 def described_body(model: type[BaseModel]) -> dict[str, Any]:
@@ -67,13 +86,13 @@ def described_body(model: type[BaseModel]) -> dict[str, Any]:
 
 async def validated_body(request: Request, model: type[Model]) -> Model:
     """The request's JSON body as `model`. Raises ApiError for what is not that."""
-    body: bytes = request.scope[_BODY]
+    body: bytearray = request.scope[_BODY]
     if len(body) < _THREAD_BYTES:
         return parse_body(body, model)
     return await asyncio.to_thread(parse_body, body, model)
 
 
-def parse_body(body: bytes, model: type[Model]) -> Model:
+def parse_body(body: bytes | bytearray, model: type[Model]) -> Model:
     """A JSON text as `model`. Raises ApiError that names the field, and never quotes its value."""
     check_structure(body)
     try:
@@ -90,7 +109,7 @@ def parse_body(body: bytes, model: type[Model]) -> Model:
         raise _invalid(error, model) from error
 
 
-def check_structure(body: bytes) -> None:
+def check_structure(body: bytes | bytearray) -> None:
     """Refuse JSON of too many levels or values, without making objects of it.
 
     Raises ApiError. Assumes nothing: in a text that is not JSON the count is of no meaning, and the
@@ -140,11 +159,12 @@ def _field_names(model: type[BaseModel]) -> frozenset[str]:
     return frozenset(name for found in objects for name in found.get("properties", ()))
 
 
-def _content_length(scope: Scope) -> int | None:
+def _content_length(scope: Scope) -> int:
+    """What the request says; 0 where it says nothing."""
     for name, value in scope["headers"]:
         if name == b"content-length":
             return int(value)  # h11 lets through digits only
-    return None
+    return 0
 
 
 def _too_large() -> ApiError:

@@ -126,7 +126,6 @@ class SamplingRequest(StrictBody):
     ) = None
     service_tier: str | None = None
     metadata: dict[str, Any] | None = None
-    user: str | None = None
 
     @property
     def priority(self) -> Priority:
@@ -175,7 +174,6 @@ class ChatCompletionRequest(SamplingRequest):
     response_format: ResponseFormat | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    reasoning_effort: str | None = None
 
     @field_validator("messages")
     @classmethod

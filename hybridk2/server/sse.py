@@ -112,7 +112,7 @@ async def collect_events(request: Request, replies: Sequence[RemoteReply]) -> li
             for choice in ready:
                 events[choice].extend(replies[choice].take())
         if gone.done():
-            raise ApiError(400, "the client has gone")
+            raise ApiError(499, "the client has gone")  # nobody reads it; the log does
         return events
     finally:
         gone.cancel()

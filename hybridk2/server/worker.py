@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from hybridk2.chat.events import Event, Finished, PromptProgress, PromptScored, TokenScored
+from hybridk2.chat.events import Event, PromptProgress, PromptScored, TokenScored
 from hybridk2.errors import EngineError, QueueFullError, RequestError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ Start: TypeAlias = "Callable[[Assistant], ReplyInProgress]"
 MAX_UNREAD_BYTES = 1 << 20
 
 _PROMPT_THREADS = 2
+_MEAN_OVER = 16  # replies that the mean of their seconds follows
 
 
 class NotReadyError(RequestError):
@@ -102,9 +103,6 @@ class RemoteReply:
         """Take over what the engine's thread has for this reply. In the event loop only."""
         if self.ended:
             return
-        if ended and not self._cancelled and events and _is_cut_off(events[-1]):
-            events = events[:-1]
-            error = NotReadyError("the server is shutting down; the reply was cut off")
         for event in events:
             if isinstance(event, PromptProgress):
                 self.progress = event
@@ -135,7 +133,7 @@ class EngineWorker:
         """load: makes the assistant, and tells how far it is. capacity: replies that may be under
         way, running and waiting together. on_reply_end: called in the event loop."""
         self.capacity = capacity
-        self.under_way = 0
+        self.mean_reply_seconds = 1.0  # of late
         self.state: State = "loading"
         self.failure: BaseException | None = None
         self.load_progress: LoadProgress | None = None
@@ -144,6 +142,7 @@ class EngineWorker:
         self._on_reply_end = on_reply_end
         self._assistant: Assistant | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._under_way: set[RemoteReply] = set()  # in the event loop
         self._begun: SimpleQueue[tuple[RemoteReply, ReplyInProgress] | None] = SimpleQueue()
         self._running: list[tuple[RemoteReply, ReplyInProgress]] = []
         self._closing = False
@@ -155,6 +154,11 @@ class EngineWorker:
     def alive(self) -> bool:
         """Whether requests are answered."""
         return self.state == "ready"
+
+    @property
+    def under_way(self) -> int:
+        """Replies that were admitted and have not ended."""
+        return len(self._under_way)
 
     @property
     def assistant(self) -> Assistant:
@@ -180,7 +184,7 @@ class EngineWorker:
             )
         self._loop = loop = asyncio.get_running_loop()
         replies = [RemoteReply(self) for _ in starts]
-        self.under_way += len(replies)
+        self._under_way.update(replies)
         try:
             for reply, start in zip(replies, starts, strict=True):
                 await loop.run_in_executor(self._prompts, self._start, reply, start, assistant)
@@ -197,13 +201,21 @@ class EngineWorker:
 
     def reply_ended(self, reply: RemoteReply) -> None:
         """A reply gives its place back. In the event loop only."""
-        self.under_way -= 1
+        self._under_way.discard(reply)
+        self.mean_reply_seconds += (reply.seconds - self.mean_reply_seconds) / _MEAN_OVER
         self._on_reply_end(reply)
 
     def end(self) -> None:
-        """Have all replies cut off and the thread end, without waiting for it."""
+        """Cut all replies off and have the thread end, without waiting for it."""
         self._closing = True
         self.wake()
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._cut_off)
+
+    def _cut_off(self) -> None:
+        error = NotReadyError("the server is shutting down; the reply was cut off")
+        for reply in list(self._under_way):
+            reply.deliver([], error, ended=True)
 
     def close(self, timeout_seconds: float) -> bool:
         """The same, and wait; whether the thread ended in time."""
@@ -255,7 +267,6 @@ class EngineWorker:
             self._deliver()
         for _, reply in self._running:
             reply.cancel()
-        self._deliver()
 
     def _refuse_until_closed(self, error: BaseException) -> None:
         """After a crash: every reply, begun or still to begin, ends with an error."""
@@ -305,10 +316,6 @@ class EngineWorker:
         assert self._loop is not None, "a reply was begun in a loop"
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(remote.deliver, events, error, ended)
-
-
-def _is_cut_off(event: Event) -> bool:
-    return isinstance(event, Finished) and event.reason == "cancelled"
 
 
 def _bytes_of(event: Event) -> int:
