@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class Chromium:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
+        self._until_closed = ExitStack()
         self._connection = self._connect(profile / "DevToolsActivePort")
         self._next_id = 0
         self.events: dict[str, list[dict[str, Any]]] = {}  # by session
@@ -56,8 +58,7 @@ class Chromium:
         port = port_file.read_text().split()[0]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/version", timeout=5) as answer:
             url = json.load(answer)["webSocketDebuggerUrl"]
-        # Not entered as a context: it lives as long as the browser, and close() ends both.
-        return connect(url, max_size=None, legacy=True)
+        return self._until_closed.enter_context(connect(url, max_size=None))
 
     def call(self, method: str, session: str | None = None, **parameters: Any) -> Any:
         """Call the protocol, and keep the events that come before the answer."""
@@ -81,7 +82,7 @@ class Chromium:
         return page
 
     def close(self) -> None:
-        self._connection.close()
+        self._until_closed.close()
         self._process.terminate()
         self._process.wait(_TIMEOUT_SECONDS)
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -28,6 +26,7 @@ pytest.importorskip("websockets", reason="the websockets package is not installe
 pytest.importorskip("openai", reason="the openai package is not installed")
 
 from tests.browser import CHROMIUM, Chromium, Page
+from tests.scripted_engine import ScriptedEngine, until
 from tests.served import HOST, Served, serving, serving_nano
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
@@ -39,60 +38,6 @@ TOOLS = """[{"type": "function", "function": {"name": "get_weather",
   "parameters": {"type": "object", "required": ["city"],
     "properties": {"city": {"type": "string", "description": "Name of the city"}}}}}]"""
 SPEED = r"prefill [\d.]+ tok/s · decode [\d.]+ tok/s · context [\d,]+ of 4,096"
-
-
-class ScriptedReply:
-    """What `Assistant.begin` returns, from a script: one event each time that it is polled."""
-
-    queue_position = None
-    prompt_tokens = USAGE.prompt_tokens
-
-    def __init__(self, script: Sequence[Event | Exception | threading.Event]) -> None:
-        self._script = list(script)
-        self.cancelled = False
-
-    @property
-    def done(self) -> bool:
-        return self.cancelled or not self._script
-
-    def poll(self) -> list[Event]:
-        if self.done:
-            return []
-        match self._script[0]:
-            case threading.Event() as gate_event:
-                if gate_event.is_set():
-                    self._script.pop(0)
-                return []
-            case Exception() as error:
-                self._script.clear()
-                raise error
-        return [self._script.pop(0)]  # type: ignore[list-item]  # nothing else is left
-
-    def cancel(self) -> None:
-        self.cancelled = True
-
-
-class ScriptedModel:
-    """An assistant that answers each request with the next script."""
-
-    context_tokens = 4096
-
-    def __init__(self) -> None:
-        self.scripts: list[Sequence[Any]] = []
-        self.asked: list[Any] = []
-        self.replies: list[ScriptedReply] = []
-
-    def begin(self, messages: Any, tools: Any, params: Any, **options: Any) -> ScriptedReply:
-        self.asked.append(messages)
-        self.replies.append(ScriptedReply(self.scripts.pop(0)))
-        return self.replies[-1]
-
-    def step(self) -> bool:
-        time.sleep(0.001)
-        return any(not reply.done for reply in self.replies)
-
-    def close(self) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +54,8 @@ def nano() -> Iterator[Served]:
 
 
 @pytest.fixture(scope="module")
-def scripted_server() -> Iterator[tuple[ScriptedModel, Served]]:
-    model = ScriptedModel()
+def scripted_server() -> Iterator[tuple[ScriptedEngine, Served]]:
+    model = ScriptedEngine()
     with serving(lambda on_progress: model) as served:
         yield model, served
 
@@ -132,20 +77,25 @@ def visit(chromium: Chromium) -> Iterator[Callable[[Served], Page]]:
 
 
 @pytest.fixture
-def model(scripted_server: tuple[ScriptedModel, Served]) -> ScriptedModel:
+def model(scripted_server: tuple[ScriptedEngine, Served]) -> ScriptedEngine:
     scripted, _ = scripted_server
     scripted.scripts.clear()
-    scripted.asked.clear()
+    scripted.replies.clear()
     return scripted
 
 
 @pytest.fixture
-def page(scripted_server: tuple[ScriptedModel, Served], visit: Callable[[Served], Page]) -> Page:
+def page(scripted_server: tuple[ScriptedEngine, Served], visit: Callable[[Served], Page]) -> Page:
     """A page of the scripted model, ready to be written into."""
     _, served = scripted_server
     page = visit(served)
     page.wait_for("document.querySelector('#model').textContent")
     return page
+
+
+def messages(model: ScriptedEngine, request: int) -> list[dict[str, str]]:
+    """The conversation that the page sent in its request of that number."""
+    return [dict(message) for message in model.replies[request].options["messages"]]
 
 
 def ask(page: Page, text: str) -> None:
@@ -171,9 +121,9 @@ def test_the_page_names_no_other_host_and_no_way_from_text_to_markup() -> None:
 
 
 def test_the_page_is_served_under_a_strict_policy_and_needs_no_key(nano: Served) -> None:
-    with serving(lambda on_progress: ScriptedModel(), the_gate=gate((KEY.encode(),), HOST, ())) as (
-        locked
-    ):
+    with serving(
+        lambda on_progress: ScriptedEngine(), the_gate=gate((KEY.encode(),), HOST, ())
+    ) as (locked):
         for path in ("/", "/chat.js", "/chat.css"):
             answer = locked.get(path)
             assert answer.status_code == 200
@@ -235,7 +185,7 @@ def test_a_tool_call_is_shown_and_its_result_is_asked_for(
 
 @needs_chromium
 def test_a_server_with_a_key_asks_for_it_once(visit: Callable[[Served], Page]) -> None:
-    model = ScriptedModel()
+    model = ScriptedEngine()
     model.scripts.append(says("welcome"))
     the_gate = gate((KEY.encode(),), HOST, ())
     with serving(lambda on_progress: model, the_gate=the_gate) as served:
@@ -275,7 +225,7 @@ HOSTILE = """\
 
 
 @needs_chromium
-def test_what_a_model_writes_never_becomes_markup(model: ScriptedModel, page: Page) -> None:
+def test_what_a_model_writes_never_becomes_markup(model: ScriptedEngine, page: Page) -> None:
     thought: list[Event] = [ReasoningDelta(HOSTILE)]
     tool = [
         ToolCallStart(0, "functions.f:0", "<img src=x onerror=globalThis.hit=1>"),
@@ -334,7 +284,7 @@ def f():
 
 
 @needs_chromium
-def test_markdown_is_shown_the_same_however_it_is_cut(model: ScriptedModel, page: Page) -> None:
+def test_markdown_is_shown_the_same_however_it_is_cut(model: ScriptedEngine, page: Page) -> None:
     whole = [TextDelta(MARKDOWN), Finished("stop", USAGE)]
     cut = [*(TextDelta(character) for character in MARKDOWN), Finished("stop", USAGE)]
     shown = []
@@ -367,7 +317,7 @@ def test_markdown_is_shown_the_same_however_it_is_cut(model: ScriptedModel, page
 @needs_chromium
 @pytest.mark.parametrize("piece", ["**a [b](", "`", "> ", "- ", "*a _b ~~", "|-", "[", "#  "])
 def test_text_made_to_be_slow_is_shown_in_time(
-    model: ScriptedModel, page: Page, piece: str
+    model: ScriptedEngine, page: Page, piece: str
 ) -> None:
     model.scripts.append([TextDelta(piece * 20_000), Finished("stop", USAGE)])
     ask(page, "?")
@@ -378,27 +328,23 @@ def test_text_made_to_be_slow_is_shown_in_time(
 
 
 @needs_chromium
-def test_escape_stops_a_reply_and_retry_asks_again(model: ScriptedModel, page: Page) -> None:
-    never = threading.Event()
-    model.scripts.append([ReasoningDelta("Hm."), TextDelta("Half"), never, *says("never")])
+def test_escape_stops_a_reply_and_retry_asks_again(model: ScriptedEngine, page: Page) -> None:
+    model.scripts.append([ReasoningDelta("Hm."), TextDelta("Half")])  # and no end
     ask(page, "?")
     page.wait_for("document.querySelector('.assistant .text')?.innerText === 'Half'")
     page.press("Escape")
     wait_for_reply(page)
     assert page.text(".assistant .mistake") == "Stopped."
-    deadline = time.monotonic() + 5
-    while not model.replies[-1].cancelled:
-        assert time.monotonic() < deadline, "the server did not hear of it"
-        time.sleep(0.01)
+    assert until(lambda: model.replies[0].cancelled), "the server did not hear of it"
     model.scripts.append(says("Whole"))
     page.click(".assistant .retry")
     page.wait_for("document.querySelector('.assistant .text')?.innerText === 'Whole'")
     assert page.count(".message") == 2
-    assert model.asked[0] == model.asked[1]
+    assert messages(model, 0) == messages(model, 1)
 
 
 @needs_chromium
-def test_a_reply_that_fails_says_why_and_keeps_what_came(model: ScriptedModel, page: Page) -> None:
+def test_a_reply_that_fails_says_why_and_keeps_what_came(model: ScriptedEngine, page: Page) -> None:
     call = calls("get_weather", "{}")[:-1]
     model.scripts.append([TextDelta("Half"), *call, OutOfMemoryError("host memory")])
     ask(page, "?")
@@ -409,7 +355,9 @@ def test_a_reply_that_fails_says_why_and_keeps_what_came(model: ScriptedModel, p
 
 
 @needs_chromium
-def test_a_new_line_an_edit_and_thoughts_of_earlier_turns(model: ScriptedModel, page: Page) -> None:
+def test_a_new_line_an_edit_and_thoughts_of_earlier_turns(
+    model: ScriptedEngine, page: Page
+) -> None:
     model.scripts += [says("First.", thinking="Well"), says("Second.")]
     page.click("#input")
     page.type("one")
@@ -417,31 +365,30 @@ def test_a_new_line_an_edit_and_thoughts_of_earlier_turns(model: ScriptedModel, 
     page.type("two")
     page.press("Enter")
     wait_for_reply(page)
-    assert model.asked[0] == [{"role": "user", "content": "one\ntwo"}]
+    assert messages(model, 0) == [{"role": "user", "content": "one\ntwo"}]
     page.press("ArrowUp")
     page.type("!")
     page.press("Enter")
     page.wait_for("document.querySelector('.assistant .text')?.innerText === 'Second.'")
-    assert model.asked[1] == [{"role": "user", "content": "one\ntwo!"}]
+    assert messages(model, 1) == [{"role": "user", "content": "one\ntwo!"}]
     model.scripts.append(says("Third."))
     ask(page, "more")
     page.wait_for("document.querySelectorAll('.assistant').length === 2")
     wait_for_reply(page)
-    assert [message["role"] for message in model.asked[2]] == ["user", "assistant", "user"]
+    assert [message["role"] for message in messages(model, 2)] == ["user", "assistant", "user"]
 
 
 @needs_chromium
 def test_a_conversation_goes_on_while_another_is_looked_at(
-    model: ScriptedModel, page: Page
+    model: ScriptedEngine, page: Page
 ) -> None:
-    go_on = threading.Event()
-    model.scripts += [[TextDelta("Slow"), go_on, *says(" one.")], says("Quick one.")]
+    model.scripts += [[TextDelta("Slow")], says("Quick one.")]
     ask(page, "slow")
     page.wait_for("document.querySelector('.assistant .text')?.innerText === 'Slow'")
     page.click("#new")
     ask(page, "quick")
     page.wait_for("document.querySelector('.assistant .text')?.innerText === 'Quick one.'")
-    go_on.set()
+    model.replies[0].steps = says(" one.")
     page.wait_for("document.querySelectorAll('#conversations .open').length === 2")
     page.evaluate("[...document.querySelectorAll('#conversations .open')].at(-1).click()")
     page.wait_for("document.querySelector('.assistant .text')?.innerText === 'Slow one.'")
@@ -449,7 +396,7 @@ def test_a_conversation_goes_on_while_another_is_looked_at(
 
 @needs_chromium
 def test_a_phone_shows_everything_without_scrolling_sideways(
-    model: ScriptedModel, page: Page
+    model: ScriptedEngine, page: Page
 ) -> None:
     page.call(
         "Emulation.setDeviceMetricsOverride",
