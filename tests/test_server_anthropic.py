@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from anthropic.types import Message, RawMessageStreamEvent
 from pydantic import TypeAdapter
 
 from hybridk2.chat.events import (
@@ -30,8 +31,6 @@ from hybridk2.server.anthropic.request import (
 from hybridk2.server.carried_reasoning import carried, carry
 from hybridk2.server.conversation import Conversation
 from tests.scripted_assistant import USAGE, calls, says
-
-anthropic = pytest.importorskip("anthropic", reason="the anthropic package is not installed")
 
 WEATHER = {
     "name": "get_weather",
@@ -268,7 +267,7 @@ TWO_CALLS: list[Event] = [
 
 
 def test_a_stream_is_what_anthropics_own_types_describe() -> None:
-    adapter = TypeAdapter(anthropic.types.RawMessageStreamEvent)
+    adapter = TypeAdapter(RawMessageStreamEvent)
     events = stream(TWO_CALLS)
     for event in events:
         adapter.validate_python(event, strict=True)
@@ -301,7 +300,7 @@ def test_a_stream_is_what_anthropics_own_types_describe() -> None:
 
 def test_the_whole_message_holds_what_was_streamed() -> None:
     message = whole_message(stream(TWO_CALLS))
-    anthropic.types.Message.model_validate(message, strict=True)
+    Message.model_validate(message, strict=True)
     kinds = [block["type"] for block in message["content"]]
     assert kinds == ["thinking", "text", "tool_use", "tool_use"]
     thinking, text, weather, clock = message["content"]

@@ -20,12 +20,8 @@ from hybridk2.chat.events import (
 )
 from hybridk2.errors import OutOfMemoryError
 from hybridk2.server.security import gate
-from tests.scripted_assistant import USAGE, calls, says
-
-pytest.importorskip("websockets", reason="the websockets package is not installed")
-pytest.importorskip("openai", reason="the openai package is not installed")
-
 from tests.browser import CHROMIUM, Chromium, Page
+from tests.scripted_assistant import USAGE, calls, says
 from tests.scripted_engine import ScriptedEngine, until
 from tests.served import HOST, Served, serving, serving_nano
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from hybridk2.chat.events import (
@@ -24,8 +25,6 @@ from hybridk2.server.conversation import Conversation
 from hybridk2.server.responses.reply import ResponseEvents
 from hybridk2.server.responses.request import ResponsesRequest, read_conversation
 from tests.scripted_assistant import USAGE, says
-
-pytest.importorskip("openai", reason="the openai package is not installed")
 
 WEATHER = {
     "type": "function",
@@ -268,8 +267,6 @@ CALLS: list[Event] = [
 
 
 def test_a_stream_is_what_openais_own_types_describe_in_the_official_order() -> None:
-    from openai.types.responses import ResponseStreamEvent
-
     adapter: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
     events = stream(CALLS, tools=[WEATHER, SHELL])
     for number, event in enumerate(events):
@@ -305,8 +302,6 @@ def test_a_stream_is_what_openais_own_types_describe_in_the_official_order() -> 
 
 
 def test_the_last_event_holds_the_whole_response() -> None:
-    from openai.types.responses import Response
-
     response = stream(CALLS)[-1]["response"]
     parsed = Response.model_validate(response)
     assert parsed.status == "completed"
