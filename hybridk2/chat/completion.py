@@ -8,7 +8,7 @@ Does not know tokens beyond those of single bytes, nor budgets (json_values.py).
 
 import heapq
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,13 +16,17 @@ import numpy as np
 from llguidance import LLMatcher
 from numpy.typing import NDArray
 
+from hybridk2.chat.schemas import CompletionHints
+
 _WHITE_SPACE = frozenset(b" \n\r\t")
 _DIGITS = frozenset(b"0123456789")
 
-# Costs that order the search: an open bracket, an open string, a property nobody requires.
-_OPEN_BRACKET = 8
-_OPEN_STRING = 4
-_OPTIONAL_NAME = 16
+# Costs that order the search. Brackets are cheap against choices: what is required has to be
+# opened, and with dear ones every combination of the choices before it would be tried first.
+_OPEN_BRACKET = 2
+_OPEN_STRING = 1
+_CHOICE = 3  # for each better one there was
+_OPTIONAL_NAME = 8  # a property nobody requires
 # Where a name may go on with more bytes than this, it is no declared one.
 _MAX_NAME_BRANCHES = 56
 
@@ -35,16 +39,19 @@ class Position(NamedTuple):
     escaped: bool = False  # after a backslash
     expects_name: bool = False  # the next string, or the one at hand, names a property
     name: bytes = b""  # what is written of it
+    length: int = 0  # characters of the string at hand
 
     def after(self, byte: int) -> "Position":
         """The position behind one more byte of valid JSON."""
         if self.in_string:
-            if self.escaped:
-                return self._replace(escaped=False, name=self.name + bytes([byte]))
-            if byte == ord('"'):
-                return self._replace(in_string=False, name=b"")
-            name = self.name + bytes([byte]) if self.expects_name else b""
-            return self._replace(escaped=byte == ord("\\"), name=name)
+            if byte == ord('"') and not self.escaped:
+                return self._replace(in_string=False, name=b"", length=0)
+            return self._replace(
+                escaped=byte == ord("\\") and not self.escaped,
+                name=self.name + bytes([byte]) if self.expects_name else b"",
+                # The second byte of an escape and those that continue a character do not count.
+                length=self.length + (byte & 0xC0 != 0x80 and not self.escaped),
+            )
         if byte == ord('"'):
             return self._replace(in_string=True)
         if byte in b"{[":
@@ -79,16 +86,12 @@ class _Node:
 class CompletionSearch:
     """Finds completions under one schema."""
 
-    def __init__(
-        self, byte_ids: Sequence[int], required: Iterable[str], examples: Iterable[str]
-    ) -> None:
-        """byte_ids: the token of each single byte. required: the names of required properties.
-
-        examples: texts that match the patterns of the schema, one each; tried, not trusted.
-        """
+    def __init__(self, byte_ids: Sequence[int], hints: CompletionHints) -> None:
+        """byte_ids: the token of each single byte. hints: tried, not trusted."""
         self._byte_ids = np.array(byte_ids)
-        self._required = tuple(name.encode() for name in required)
-        escaped = (json.dumps(text, ensure_ascii=False)[1:-1].encode() for text in examples)
+        self._required = tuple(name.encode() for name in hints.required_names)
+        self._least_lengths = sorted(hints.least_lengths)
+        escaped = (json.dumps(text, ensure_ascii=False)[1:-1].encode() for text in hints.examples)
         # Whatever was written, the end of an example may be what is missing.
         ends = {text[start:] for text in escaped for start in range(len(text))}
         self._string_ends = sorted(ends, key=lambda text: (len(text), text))
@@ -110,7 +113,7 @@ class CompletionSearch:
             for rank, child in reversed(list(enumerate(children))):
                 order -= 1  # the best is pushed last, and comes first among equals
                 child.order = order
-                child.penalty += rank
+                child.penalty += _CHOICE * rank
                 child.cost = child.position.cost + child.penalty
                 heapq.heappush(heap, child)
         return None
@@ -159,11 +162,13 @@ class CompletionSearch:
         return _Node(0, 0, matcher, position, node.text + text, penalty, mask, node.standstill)
 
     def _string_end(self, node: _Node, allowed: bytes) -> bytes:
-        """The shortest end of an example after which the string at hand may close; b"" if none."""
+        """A few characters, or the shortest end of an example, after which the string at hand may
+        close; b"" if there are none."""
         position = node.position
         if not position.in_string or position.expects_name or position.escaped or 0x22 in allowed:
             return b""
-        for text in self._string_ends:
+        fillings = (b"a" * (least - position.length) for least in self._least_lengths)
+        for text in (*filter(None, fillings), *self._string_ends):
             ids = self._byte_ids[list(text + b'"')].tolist()
             if text[0] in allowed and node.matcher.validate_tokens(ids) == len(ids):
                 return text

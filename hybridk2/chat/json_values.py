@@ -25,13 +25,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 
 from hybridk2.chat.completion import CompletionSearch, Position
-from hybridk2.chat.schemas import (
-    GrowthEstimate,
-    Schema,
-    required_names,
-    schema_text,
-    string_examples,
-)
+from hybridk2.chat.schemas import GrowthEstimate, Schema, completion_hints, schema_text
 from hybridk2.errors import RequestError
 from hybridk2.tokenizer import Tokenizer
 
@@ -86,10 +80,9 @@ class JsonSchema:
     def begin(self) -> JsonValue:
         return JsonValue(self)
 
-    def complete(self, matcher: LLMatcher, position: Position) -> list[int] | None:
-        """Few tokens that complete a value half written; None when no short end was found."""
-        text = self._search.find(matcher, position, _MAX_SEARCH_STEPS)
-        return None if text is None else self.vocabulary.tokens(text)
+    def complete(self, matcher: LLMatcher, position: Position) -> bytes | None:
+        """A short end of a value half written; None when none was found."""
+        return self._search.find(matcher, position, _MAX_SEARCH_STEPS)
 
 
 class JsonValue:
@@ -102,6 +95,7 @@ class JsonValue:
         self._position = Position()
         # However the tokens since the last search went, a completion takes no more than this.
         self._completion_bound = schema.completion_tokens
+        self._completion = b""  # the one found last
         self._can_complete = True
         self._ending: list[int] | None = None  # the completion, once it has to be written
 
@@ -140,14 +134,31 @@ class JsonValue:
         longest = tokens_left - 1 - self._schema.growth_tokens
         if self._completion_bound <= longest:
             return
-        completion = self._schema.complete(self._matcher, self._position)
-        if completion is None:
-            # Something was begun that has no short end; to search again would find none either.
-            self._can_complete = False
-            return
-        self._completion_bound = len(completion)
-        if self._completion_bound > longest:
-            self._ending = completion
+        self._completion = self._end_of_last_completion()
+        tokens = self._vocabulary.tokens(self._completion)
+        if not tokens or len(tokens) > longest:
+            completion = self._schema.complete(self._matcher, self._position)
+            if completion is None:
+                # Something was begun that has no short end; it will have none later either.
+                self._can_complete = False
+                return
+            self._completion = completion
+            tokens = self._vocabulary.tokens(completion)
+        self._completion_bound = len(tokens)
+        if len(tokens) > longest:
+            self._ending = tokens
+
+    def _end_of_last_completion(self) -> bytes:
+        """What of the last completion still completes the value: mostly all but what was written.
+
+        b"" when nothing does; then it takes a search, which costs a hundred times as much.
+        """
+        ids = self._vocabulary.byte_tokens(self._completion)
+        ids.append(self._vocabulary.end_id)
+        for start in range(len(self._completion)):
+            if self._matcher.validate_tokens(ids[start:]) == len(ids) - start:
+                return self._completion[start:]
+        return b""
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -200,8 +211,7 @@ class SchemaCompiler:
         return JsonSchema(matcher, self._vocabulary, search, completion_tokens, growth.tokens)
 
     def _search(self, schema: dict[str, Any]) -> CompletionSearch:
-        names, examples = required_names(schema), string_examples(schema)
-        return CompletionSearch(self._vocabulary.byte_ids, names, examples)
+        return CompletionSearch(self._vocabulary.byte_ids, completion_hints(schema))
 
     def _string_tokens(self, node: dict[str, Any], where: str) -> int:
         """Tokens of a short string under the pattern and the format of a schema."""
@@ -257,13 +267,16 @@ class _Vocabulary:
     def count_tokens(self, text: str) -> int:
         return len(self.tokenizer.encode(text))
 
+    def byte_tokens(self, text: bytes) -> list[int]:
+        """The text in tokens of one byte."""
+        return [self.byte_ids[byte] for byte in text]
+
     def tokens(self, text: bytes) -> list[int]:
         """The text as the tokenizer cuts it, after the rest of a character that was begun."""
         start = 0
         while start < len(text) and text[start] & 0xC0 == 0x80:
             start += 1
-        rest = [self.byte_ids[byte] for byte in text[:start]]
-        return rest + self.tokenizer.encode(text[start:].decode())
+        return self.byte_tokens(text[:start]) + self.tokenizer.encode(text[start:].decode())
 
 
 class _GrammarVocabulary:

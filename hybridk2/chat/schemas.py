@@ -8,6 +8,7 @@ have. Does not know grammars or masks (json_values.py).
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from hybridk2.chat.pattern_example import pattern_example
@@ -19,14 +20,21 @@ Schema: TypeAlias = Mapping[str, Any]
 # properties. Schemas in use have some thousand characters.
 MAX_SCHEMA_CHARACTERS = 100_000
 
-# The formats that the grammar holds. JSON Schema (2020-12, validation, section 7) makes `format` an
-# annotation unless both sides agree otherwise, so a value need not heed the others.
-_HELD_FORMATS = frozenset(
-    {
-        *("date-time", "time", "date", "duration"),
-        *("email", "hostname", "ipv4", "ipv6", "uuid", "uri"),
-    }
-)
+# The formats that the grammar holds, each with a short text. JSON Schema (2020-12, validation,
+# section 7) makes `format` an annotation unless both sides agree otherwise, so a value need not
+# heed the others.
+_HELD_FORMATS: Mapping[str, str] = {
+    "date-time": "2000-01-01T00:00:00Z",
+    "time": "00:00:00Z",
+    "date": "2000-01-01",
+    "duration": "PT0S",
+    "email": "a@b.cd",
+    "hostname": "a",
+    "ipv4": "0.0.0.0",
+    "ipv6": "::",
+    "uuid": "00000000-0000-4000-8000-000000000000",
+    "uri": "a:b",
+}
 
 # Keywords by what their value holds: one schema, a list of schemas, or schemas by name.
 _ONE_SCHEMA = ("items", "additionalProperties", "propertyNames", "additionalItems")
@@ -99,27 +107,30 @@ def subschemas(schema: Any) -> Iterator[dict[str, Any]]:
                 pending.extend(node[key].values())
 
 
-def required_names(schema: Any) -> frozenset[str]:
-    """Every property name that some object of the schema requires."""
-    return frozenset(
-        name
-        for node in subschemas(schema)
-        if isinstance(node.get("required"), list)
-        for name in node["required"]
-        if isinstance(name, str)
-    )
+@dataclass(frozen=True, slots=True)
+class CompletionHints:
+    """What helps to complete a value of a schema, wherever in the schema it stands."""
+
+    required_names: frozenset[str]  # names that some object requires
+    least_lengths: frozenset[int]  # characters that some string must have
+    examples: frozenset[str]  # a text for every format, and for every pattern of which one is found
 
 
-def string_examples(schema: Any) -> frozenset[str]:
-    """A text for every pattern of the schema of which one is found, and for the format email,
-    whose parts a search cannot tell apart."""
-    examples = set()
+def completion_hints(schema: Any) -> CompletionHints:
+    names: set[str] = set()
+    lengths: set[int] = set()
+    examples: set[str | None] = set()
     for node in subschemas(schema):
+        if isinstance(node.get("required"), list):
+            names.update(name for name in node["required"] if isinstance(name, str))
+        if isinstance(node.get("minLength"), int):
+            lengths.add(node["minLength"])
         if isinstance(node.get("pattern"), str):
             examples.add(pattern_example(node["pattern"]))
-        if node.get("format") == "email":
-            examples.add("a@b.cd")
-    return frozenset(example for example in examples if example)
+        if isinstance(node.get("format"), str):
+            examples.add(_HELD_FORMATS.get(node["format"]))
+    texts = frozenset(example for example in examples if example)
+    return CompletionHints(frozenset(names), frozenset(lengths), texts)
 
 
 class GrowthEstimate:
