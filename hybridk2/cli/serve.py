@@ -16,17 +16,13 @@ from hybridk2.cli.options import engine_options, model_options
 from hybridk2.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from hybridk2.assistant import Assistant
     from hybridk2.checkpoint import LoadProgress
     from hybridk2.config import EngineConfig
     from hybridk2.server.listener import HttpServer
     from hybridk2.server.security import Gate
 
-_QUESTION = "which one is bigger, 9.11 or 9.9?"
-
-_GRACE_SECONDS = 1.5  # for the engine to finish its step at the end
+_GRACE_SECONDS = 1.0  # for the engine to finish its step at the end
 
 
 def _refuse_key_on_command_line(
@@ -104,9 +100,8 @@ def serve(
     """
     from rich.console import Console
 
-    from hybridk2.cli.loading import show_progress
+    from hybridk2.cli.announcements import Announcements
     from hybridk2.cli.log_lines import log_to
-    from hybridk2.cli.notes import note
     from hybridk2.config import EngineConfig
     from hybridk2.server.app import create_app
     from hybridk2.server.context import ServerContext, ServerSettings
@@ -136,14 +131,20 @@ def serve(
     worker = EngineWorker(_loader(choices, download, moments), capacity, metrics.count_reply)
     server_context = ServerContext(worker, settings, metrics)
     server = HttpServer(create_app(server_context, gate), server_context, drain_seconds)
-    url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-    note(status, f"{url} listens; the model is being loaded")
+    announcements = Announcements(
+        status,
+        log_format == "json",
+        _url(host, listening.getsockname()[1]),
+        settings.model_names[0],
+        bool(gate.keys),
+    )
+    announcements.listening()
 
     def announce() -> None:
-        show_progress(iter(moments.get, None), status)
+        announcements.loading(iter(moments.get, None))
         worker.ready.wait()
         if worker.state == "ready":
-            _show_example(url, settings.model_names[0], bool(gate.keys), status)
+            announcements.ready()
         else:
             server.should_exit = True
 
@@ -199,28 +200,11 @@ def _loader(
     return load
 
 
-def _show_example(url: str, model: str, needs_key: bool, status: Console) -> None:
-    """Say that it can be used, and how, ready to be copied."""
-    from rich.text import Text
-
-    from hybridk2.cli.terminal_text import printable
-
-    key = "$HYBRIDK2_API_KEY" if needs_key else "none"
-    header = f' -H "Authorization: Bearer {key}"' if needs_key else ""
-    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "{_QUESTION}"}}]}}'
-    lines = f"""
-ready: {url}
-
-curl {url}/v1/chat/completions -H "Content-Type: application/json"{header} \\
-  -d '{body}'
-
-from openai import OpenAI
-client = OpenAI(base_url="{url}/v1", api_key="{"..." if needs_key else "none"}")
-answer = client.chat.completions.create(
-    model="{model}", messages=[{{"role": "user", "content": "{_QUESTION}"}}])
-print(answer.choices[0].message.content)
-"""
-    status.print(Text(printable(lines)), soft_wrap=True)
+def _url(host: str, port: int) -> str:
+    """Where this machine reaches the server."""
+    if host in ("0.0.0.0", "::"):  # every address of it
+        host = "127.0.0.1"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _exit_status(server: HttpServer) -> int:

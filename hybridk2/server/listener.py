@@ -34,7 +34,7 @@ STALL_SECONDS = 60.0  # for which a client may read nothing
 _SEND_BUFFER_BYTES = 128 << 10
 
 _BACKLOG = 1024
-_LAST_SECONDS = 2  # for cancelled requests to say so to their clients
+_LAST_SECONDS = 1  # for cancelled requests to say so to their clients
 
 
 def listen(host: str, port: int) -> socket.socket:
