@@ -351,11 +351,13 @@ class ReplyConstraint:
         return self._masks.thought_or_section if self._can_open_section() else self._masks.thought
 
     def _answer_mask(self) -> Mask:
-        if self._content is None:
+        can_call = self._can_open_section()
+        content = self._content
+        if content is None or (can_call and content.completion_tokens >= self._tokens_left):
             mask = self._only(self._control.tool_calls_section_begin)
         else:
             mask = self._value_mask(self._control.im_end, following_tokens=1)
-            mask[self._control.tool_calls_section_begin] = self._can_open_section()
+            mask[self._control.tool_calls_section_begin] = can_call
         if self._phase is _Phase.START:
             fits = self._tokens_left >= 2 + self._shortest_answer_tokens()
             mask[self._control.think] = fits
