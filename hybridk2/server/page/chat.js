@@ -272,7 +272,7 @@ function showMarkdown(container, text) {
 
 // ---------------------------------------------------------------------------- Storage
 
-/** Conversations in IndexedDB; in memory where the browser offers none, as in some private windows. */
+/** Conversations in IndexedDB; in memory where the browser offers none. */
 class Conversations {
   #memory = new Map();
   #database = null;
@@ -338,10 +338,15 @@ function newConversation() {
 }
 
 const SETTINGS_KEY = "hybridk2.settings";
-const settings = {
-  ...{ system: "", temperature: "", max_tokens: "", tools: "", theme: "" },
-  ...JSON.parse(localStorage.getItem(SETTINGS_KEY) ?? "{}"),
-};
+const settings = { system: "", temperature: "", max_tokens: "", tools: "", theme: "" };
+
+function loadSettings() {
+  try {
+    Object.assign(settings, JSON.parse(localStorage.getItem(SETTINGS_KEY) ?? "{}"));
+  } catch (error) {
+    console.warn("The settings cannot be read: ", error);
+  }
+}
 
 function saveSettings(changed) {
   Object.assign(settings, changed);
@@ -426,7 +431,10 @@ async function* framesOf(response) {
 }
 
 function requestBody(conversation) {
-  const messages = conversation.messages.map(({ role, content, ...rest }) => {
+  // A reply that failed before its first word is shown, and means nothing to the model.
+  const isSaid = ({ role, content, tool_calls: calls }) =>
+    role !== "assistant" || content || calls.length;
+  const messages = conversation.messages.filter(isSaid).map(({ role, content, ...rest }) => {
     const sent = { role, content };
     for (const name of ["reasoning_content", "tool_calls", "tool_call_id", "name"]) {
       if (rest[name]?.length) sent[name] = rest[name];
@@ -447,7 +455,7 @@ class Reply {
     this.conversation = conversation;
     this.message = { role: "assistant", content: "", reasoning_content: "", tool_calls: [] };
     this.waiting = "waiting";
-    this.began = performance.now();
+    this.began = 0;
     this.thinkingSince = 0;
     this.firstAt = 0;
     this.usage = null;
@@ -461,6 +469,7 @@ class Reply {
       signal.addEventListener("abort", () => reject(signal.reason));
     });
     await Promise.race([connected(), aborted]);
+    this.began = performance.now();
     const body = JSON.stringify(requestBody(this.conversation));
     const options = { method: "POST", body, signal };
     const response = await ask("v1/chat/completions", options);
@@ -559,7 +568,8 @@ function showConversation(conversation) {
 
 function drawList() {
   const rows = conversations.all.map((conversation) => {
-    const open = element("button", { class: "open", title: conversation.title }, conversation.title);
+    const { title } = conversation;
+    const open = element("button", { class: "open", title }, title);
     const remove = element("button", { class: "icon", title: "Delete" });
     remove.append(iconOf("delete"));
     open.addEventListener("click", () => showConversation(conversation));
@@ -606,7 +616,8 @@ function drawMessages() {
   visible.forEach(({ message, index }, place) => {
     let node = list.children[place];
     if (node?.message !== message) {
-      const made = message.role === "user" ? userNode(message, index) : assistantNode(message, index);
+      const make = message.role === "user" ? userNode : assistantNode;
+      const made = make(message, index);
       made.message = message;
       if (node) node.replaceWith(made);
       else list.append(made);
@@ -727,11 +738,11 @@ function onCopy(node, text) {
 }
 
 async function copyText(text, button) {
-  if (navigator.clipboard) {
+  try {
     await navigator.clipboard.writeText(text);
-  } else {
+  } catch {
     // Browsers offer the clipboard to https and localhost only; this is the way from elsewhere.
-    const field = element("textarea", {});
+    const field = element("textarea");
     field.value = text;
     button.after(field);
     field.select();
@@ -740,7 +751,11 @@ async function copyText(text, button) {
   }
   const before = [...button.childNodes];
   button.replaceChildren(iconOf("check"));
-  setTimeout(() => button.replaceChildren(...before), 1200);
+  button.disabled = true;
+  setTimeout(() => {
+    button.replaceChildren(...before);
+    button.disabled = false;
+  }, 1200);
 }
 
 function showDown() {
@@ -967,6 +982,7 @@ function listen() {
   });
 }
 
+loadSettings();
 if (settings.theme) document.documentElement.dataset.theme = settings.theme;
 listen();
 await conversations.open();
