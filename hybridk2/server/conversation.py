@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
-
 from hybridk2.errors import ChatError
 from hybridk2.server.context import ServerContext
 from hybridk2.server.worker import RemoteReply
@@ -19,12 +17,6 @@ from hybridk2.server.worker import RemoteReply
 if TYPE_CHECKING:
     from hybridk2.assistant import Assistant, ReplyInProgress
     from hybridk2.engine import Priority
-
-
-class StrictBody(BaseModel):
-    """A part of a request's body: a number in quotes is text; what is not known is ignored."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
 @dataclass(frozen=True, slots=True)

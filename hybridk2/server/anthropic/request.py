@@ -17,8 +17,8 @@ from pydantic import Field
 
 from hybridk2.errors import ChatError
 from hybridk2.server.carried_reasoning import carried
-from hybridk2.server.conversation import AssistantTurn, Conversation, StrictBody, check_names
-from hybridk2.server.protocol import MAX_STOPS, MAX_TOOLS, Count, Name, StopString
+from hybridk2.server.conversation import AssistantTurn, Conversation, check_names
+from hybridk2.server.protocol import MAX_STOPS, MAX_TOOLS, Count, Name, StopString, StrictBody
 
 Block = dict[str, Any]
 

@@ -18,8 +18,8 @@ from pydantic import Field
 
 from hybridk2.errors import ChatError
 from hybridk2.server.carried_reasoning import carried
-from hybridk2.server.conversation import AssistantTurn, Conversation, StrictBody, check_names
-from hybridk2.server.protocol import MAX_TOOLS, Count, Name
+from hybridk2.server.conversation import AssistantTurn, Conversation, check_names
+from hybridk2.server.protocol import MAX_TOOLS, Count, Name, StrictBody
 
 Item = dict[str, Any]
 
