@@ -1,8 +1,7 @@
 """The application: every API's routes behind one door.
 
-Owns the order in which a request is checked, the endpoints that belong to no API (health, metrics,
-version), the one place where exceptions become responses, and the access log, which holds no more
-of a request than its route.
+Owns the order in which a request is checked, the one place where exceptions become responses, and
+the access log, which holds no more of a request than its route.
 """
 
 from __future__ import annotations
@@ -22,11 +21,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hybridk2 import __version__
 from hybridk2.errors import HybridK2Error
-from hybridk2.server import anthropic, catalogue, completions, openai, page, responses
+from hybridk2.server import anthropic, catalogue, completions, openai, operations, page, responses
 from hybridk2.server.context import ServerContext
 from hybridk2.server.errors import UNEXPECTED, ApiError, as_api_error
 from hybridk2.server.limits import Bodies
-from hybridk2.server.openai import json_response
 from hybridk2.server.security import Gate
 
 access_log = logging.getLogger("hybridk2.server.access")
@@ -34,7 +32,7 @@ access_log = logging.getLogger("hybridk2.server.access")
 _PROBES = ("/health", "/metrics")  # asked every few seconds, and of no interest in a log
 
 # Each has `router(context) -> APIRouter`, and REQUESTS, the models of its bodies.
-APIS: tuple[Any, ...] = (openai, completions, responses, anthropic, catalogue, page)
+APIS: tuple[Any, ...] = (openai, completions, responses, anthropic, catalogue, operations, page)
 
 
 def create_app(context: ServerContext, gate: Gate) -> ASGIApp:
@@ -46,14 +44,16 @@ def create_app(context: ServerContext, gate: Gate) -> ASGIApp:
         redoc_url=None,
         redirect_slashes=False,
     )
-    for api in APIS:
-        app.include_router(api.router(context))
-    _add_operations(app, context)
+    routers = [api.router(context) for api in APIS]
+    for router in routers:
+        app.include_router(router)
     for kind in (ApiError, HybridK2Error, HTTPException, MemoryError):
         app.add_exception_handler(kind, _refuse)
     app.add_exception_handler(Exception, _refuse_unexpected)
-    app.openapi = lambda: _description(app)  # type: ignore[method-assign]  # as FastAPI documents
-    guarded: ASGIApp = Door(app, context, gate)
+    description = _description(app)  # now: later it would hold up streams
+    app.openapi = lambda: description  # type: ignore[method-assign]  # as FastAPI documents
+    paths = {getattr(route, "path", "") for router in routers for route in router.routes}
+    guarded: ASGIApp = Door(app, context, gate, frozenset(paths))
     if context.settings.cors_origins:
         guarded = CORSMiddleware(
             guarded,
@@ -85,32 +85,15 @@ async def _refuse_unexpected(request: Request, error: Exception) -> Response:
     return UNEXPECTED.response(request.url.path)
 
 
-def _add_operations(app: FastAPI, context: ServerContext) -> None:
-    """What operates a server rather than asks its model."""
-
-    @app.head("/health", include_in_schema=False)
-    @app.get("/health")
-    async def health() -> Response:
-        """200 while requests are answered, 503 while loading, draining or broken."""
-        body = context.health()
-        return json_response(body, 200 if body["status"] == "ok" else 503)
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        """Figures in Prometheus' text format."""
-        return Response(context.metrics.exposition(), media_type="text/plain; version=0.0.4")
-
-    @app.get("/version")
-    async def version() -> dict[str, str]:
-        """The version of this server."""
-        return {"version": __version__}
-
-
 class Door:
     """What every request passes: the gate, the body's limits, the count and the log."""
 
-    def __init__(self, app: ASGIApp, context: ServerContext, gate: Gate) -> None:
+    def __init__(
+        self, app: ASGIApp, context: ServerContext, gate: Gate, paths: frozenset[str]
+    ) -> None:
+        """paths: those that a log may name; any other is the client's own words."""
         self._app = app
+        self._paths = paths
         self._context = context
         self._gate = gate
         self._bodies = Bodies()
@@ -142,7 +125,8 @@ class Door:
         self._log(scope, status, time.monotonic() - started)
 
     def _log(self, scope: Scope, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "(none)")
+        refused_at = scope["path"] if scope["path"] in self._paths else "(none)"
+        route = str(getattr(scope.get("route"), "path", refused_at))
         self._context.metrics.count_response(route, status)
         figures: dict[str, Any] = {
             "method": scope["method"] if scope["method"] in ("GET", "POST") else "other",
