@@ -238,6 +238,8 @@ def test_an_image_in_a_tool_result_is_refused_by_its_place() -> None:
         {"messages": [{"role": "tool", "content": "x"}]},
         {"tools": [WEATHER] * 129},
         {"tools": [{**WEATHER, "name": "a" * 65}]},
+        {"tools": [{"name": "f"}]},
+        {"tools": [5]},
         {"tool_choice": {"type": "function"}},
         {"stream": "yes"},
     ],

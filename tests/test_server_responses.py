@@ -116,7 +116,8 @@ def test_outputs_may_be_lists_of_parts() -> None:
 
 
 def test_tools_of_unknown_types_are_ignored() -> None:
-    asked = conversation(tools=[SHELL, WEATHER, {"type": "web_search"}])
+    odd = {"type": "namespace", "name": "with spaces", "parameters": 5}
+    asked = conversation(tools=[SHELL, WEATHER, {"type": "web_search"}, odd])
     assert asked.tools is not None
     assert [tool["function"]["name"] for tool in asked.tools] == ["get_weather"]
     assert conversation(tools=[SHELL]).tools is None
@@ -240,6 +241,8 @@ def test_what_cannot_be_read_is_refused_by_its_place(item: Any, message: str) ->
         {"top_p": 0},
         {"tools": [WEATHER] * 129},
         {"tools": [{**WEATHER, "name": "a" * 65}]},
+        {"tools": [{"type": "function"}]},
+        {"tools": [{"name": "f"}]},
         {"input": 5},
         {"text": {"format": {"type": "xml"}}},
     ],

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from hybridk2.errors import ChatError
 from hybridk2.server.carried_reasoning import carried
@@ -41,13 +41,29 @@ class InputMessage(StrictBody):
     content: str | list[Block]
 
 
-class ToolDeclaration(StrictBody):
-    """A tool. Only those of type custom, or of none, have a schema that the model can see."""
+class CustomTool(StrictBody):
+    """A tool of the client's."""
 
-    type: str | None = None
     name: Name
     description: str | None = None
-    input_schema: dict[str, Any] | None = None
+    input_schema: dict[str, Any]
+
+
+class ServerTool(StrictBody):
+    """A tool that only Anthropic's servers can run."""
+
+    type: str
+
+
+def _tool_kind(tool: Any) -> str:
+    kind = tool.get("type") if isinstance(tool, dict) else None
+    return "custom" if kind in (None, "custom") else "server"
+
+
+Tool = Annotated[
+    Annotated[CustomTool, Tag("custom")] | Annotated[ServerTool, Tag("server")],
+    Discriminator(_tool_kind),
+]
 
 
 class ToolChoice(StrictBody):
@@ -55,7 +71,7 @@ class ToolChoice(StrictBody):
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
-    disable_parallel_tool_use: bool = False
+    disable_parallel_tool_use: bool | None = None
 
 
 class Thinking(StrictBody):
@@ -87,7 +103,7 @@ class CountTokensRequest(StrictBody):
     model: Annotated[str, Field(min_length=1, max_length=512)]
     messages: Annotated[list[InputMessage], Field(min_length=1)]
     system: str | list[TextBlock] | None = None
-    tools: Annotated[list[ToolDeclaration], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -101,7 +117,7 @@ class MessagesRequest(CountTokensRequest):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     stop_sequences: Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
-    stream: bool = False
+    stream: bool | None = None
 
 
 def read_conversation(request: CountTokensRequest) -> Conversation:
@@ -118,13 +134,13 @@ def read_conversation(request: CountTokensRequest) -> Conversation:
     if system_text:
         messages.append({"role": "system", "content": system_text})
     messages.extend(_read_messages(request.messages))
-    tools = _read_tools(request.tools)
+    tools = _read_tools(request.tools or [])
     choice = request.tool_choice or ToolChoice(type="auto")
     output_format = request.output_config.format if request.output_config is not None else None
     return Conversation(
         messages=messages,
-        tools=tools,
-        tool_choice=_read_tool_choice(choice, tools or []),
+        tools=tools or None,
+        tool_choice=_read_tool_choice(choice, tools),
         parallel_tool_calls=not choice.disable_parallel_tool_use,
         response_format=_read_format(output_format),
     )
@@ -251,19 +267,17 @@ def _unreadable(block_type: Any, where: str) -> ChatError:
     )
 
 
-def _read_tools(declarations: Sequence[ToolDeclaration] | None) -> list[dict[str, Any]] | None:
+def _read_tools(declared: Sequence[CustomTool | ServerTool]) -> list[dict[str, Any]]:
     tools = []
-    for index, tool in enumerate(declarations or ()):
-        if tool.type not in (None, "custom"):
+    for tool in declared:
+        if isinstance(tool, ServerTool):
             continue
-        if tool.input_schema is None:
-            raise ChatError(f"tools[{index}].input_schema: expected a JSON schema, found nothing.")
         function: dict[str, Any] = {"name": tool.name, "parameters": tool.input_schema}
         if tool.description is not None:
             function["description"] = tool.description
         tools.append({"type": "function", "function": function})
     check_names(tools)
-    return tools or None
+    return tools
 
 
 def _read_tool_choice(choice: ToolChoice, tools: list[dict[str, Any]]) -> str | dict[str, Any]:

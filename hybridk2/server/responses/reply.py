@@ -24,7 +24,7 @@ from hybridk2.chat.events import (
 )
 from hybridk2.errors import EngineError
 from hybridk2.server.carried_reasoning import carry
-from hybridk2.server.responses.request import ENCRYPTED_REASONING, ResponsesRequest
+from hybridk2.server.responses.request import ENCRYPTED_REASONING, FunctionTool, ResponsesRequest
 
 StreamEvent = dict[str, Any]
 
@@ -163,7 +163,7 @@ def _response(request: ResponsesRequest, model: str) -> dict[str, Any]:
     tools = [
         {**tool.model_dump(), "strict": bool(tool.strict)}
         for tool in request.tools or ()
-        if tool.type == "function"
+        if isinstance(tool, FunctionTool)
     ]
     text_format = {"type": "text"}
     if request.text is not None and request.text.format is not None:

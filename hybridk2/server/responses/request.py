@@ -11,10 +11,10 @@ model for them; the model is not told of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from hybridk2.errors import ChatError
 from hybridk2.server.carried_reasoning import carried
@@ -29,14 +29,30 @@ _TEXT_PARTS = ("input_text", "output_text", "text")
 _OTHER_MEDIA = ("input_image", "input_file", "input_audio", "computer_screenshot")
 
 
-class ToolDeclaration(StrictBody):
-    """A tool. name, description and parameters: of type function only."""
+class FunctionTool(StrictBody):
+    """A function that the model may call."""
 
-    type: str
-    name: Name | None = None
+    type: Literal["function"]
+    name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+
+
+class OtherTool(StrictBody):
+    """A tool that the model is not told of."""
+
+    type: str
+
+
+def _tool_kind(tool: Any) -> str:
+    return "function" if isinstance(tool, dict) and tool.get("type") == "function" else "other"
+
+
+Tool = Annotated[
+    Annotated[FunctionTool, Tag("function")] | Annotated[OtherTool, Tag("other")],
+    Discriminator(_tool_kind),
+]
 
 
 class TextFormat(StrictBody):
@@ -59,7 +75,7 @@ class ResponsesRequest(StrictBody):
     model: Annotated[str, Field(min_length=1, max_length=512)]
     input: str | list[Item]
     instructions: str | None = None
-    tools: Annotated[list[ToolDeclaration], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
@@ -235,13 +251,11 @@ def _string(item: Item, key: str, where: str) -> str:
     return value
 
 
-def _read_tools(declarations: list[ToolDeclaration]) -> list[dict[str, Any]]:
+def _read_tools(declared: Sequence[FunctionTool | OtherTool]) -> list[dict[str, Any]]:
     tools = []
-    for index, tool in enumerate(declarations):
-        if tool.type != "function":
+    for tool in declared:
+        if isinstance(tool, OtherTool):
             continue
-        if tool.name is None:
-            raise ChatError(f"tools[{index}].name: expected the function's name.")
         function: dict[str, Any] = {"name": tool.name, "parameters": tool.parameters or {}}
         if tool.description is not None:
             function["description"] = tool.description
