@@ -52,8 +52,9 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     ),
 }
 # What these import when they are imported, directly or not, must not load torch: `hybridk2 --help`
-# answers at once, and text can be tokenised where no model runs.
-TORCH_FREE = ("errors", "config", "tokenizer", "chat", "cli", "__main__")
+# answers at once, a server listens before its model is loaded, and text can be tokenised where no
+# model runs.
+TORCH_FREE = ("errors", "config", "tokenizer", "chat", "server", "cli", "__main__")
 
 EXTENSION = "hybridk2._native"
 EXTENSION_DOOR = "hybridk2/experts/host.py"
