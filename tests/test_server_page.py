@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from hybridk2.chat.events import (
     ToolCallEnd,
     ToolCallStart,
 )
+from hybridk2.checkpoint import LoadProgress
 from hybridk2.errors import OutOfMemoryError
 from hybridk2.server.security import gate
 from tests.browser import CHROMIUM, Chromium, Page
@@ -195,6 +197,29 @@ def test_a_server_with_a_key_asks_for_it_once(visit: Callable[[Served], Page]) -
         wait_for_reply(page)
         assert page.text(".assistant .text") == "welcome"
         assert KEY not in page.evaluate("JSON.stringify(localStorage)")
+
+
+@needs_chromium
+def test_a_question_waits_for_a_model_that_is_being_loaded(
+    visit: Callable[[Served], Page],
+) -> None:
+    loaded = threading.Event()
+    model = ScriptedEngine()
+    model.scripts.append(says("at last"))
+
+    def load(on_progress: Callable[[LoadProgress], None]) -> ScriptedEngine:
+        on_progress(LoadProgress("loading experts", 148_500_000_000, 594_000_000_000, 60.0))
+        assert loaded.wait(60)
+        return model
+
+    with serving(load, wait=False) as served:
+        page = visit(served)
+        page.wait_for("document.querySelector('#notice').innerText.includes('25 % of 594.0 GB')")
+        ask(page, "hello")
+        assert "25 %" in page.text("#notice")
+        loaded.set()
+        page.wait_for("document.querySelector('.assistant .text')?.innerText === 'at last'")
+        assert page.text("#notice") == ""
 
 
 # ------------------------------------------------------------------- with scripted replies

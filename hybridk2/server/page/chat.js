@@ -407,11 +407,21 @@ async function connect() {
       notify(conversations.isKept ? "" : "This browser keeps no conversations of this page.");
       return;
     } catch (error) {
-      notify(error.message);
+      notify((await loadingText()) ?? error.message);
       if (error.status === 401) throw error;
-      await new Promise((resolve) => setTimeout(resolve, 2000));
+      await new Promise((resolve) => setTimeout(resolve, 1000));
     }
   }
+}
+
+/** How far the loading of the model is; null when it is not being loaded. */
+async function loadingText() {
+  const health = await fetch("health").then((answer) => answer.json(), () => null);
+  if (health?.status !== "loading") return null;
+  const { done_bytes: done, total_bytes: total, seconds_left: left } = health.loading ?? {};
+  if (!total) return "The model is being loaded.";
+  const share = `${Math.floor((100 * done) / total)} % of ${(total / 1e9).toFixed(1)} GB`;
+  return `The model is being loaded: ${share}${left ? `, ${Math.ceil(left)} s left` : ""}`;
 }
 
 /** The frames of an event stream: {data} or {comment}. */
@@ -788,7 +798,7 @@ function callsWithoutResult() {
 
 /** Let the model go on with a conversation. */
 async function answer(conversation) {
-  notify();
+  if (model.id) notify(); // else it says how far the loading is
   byId("speed").textContent = "";
   const reply = new Reply(conversation);
   replies.set(conversation.id, reply);
