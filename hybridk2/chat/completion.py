@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from hybridk2.chat.schemas import CompletionHints
 
-_WHITE_SPACE = frozenset(b" \n\r\t")
+# What a number, a literal or another value goes on with: short ones first, white space never.
+_VALUE_BYTES = b'0123456789"-.tfnrualse+eE[{'
 _DIGITS = frozenset(b"0123456789")
 
 # Costs that order the search. Brackets are cheap against choices: what is required has to be
@@ -189,9 +190,7 @@ class CompletionSearch:
         for closing in b"}],:":
             if closing in allowed:
                 return [(closing, 0)]
-        visible = [byte for byte in allowed if byte not in _WHITE_SPACE]
-        # Scalars before brackets; in the order of their bytes, but for the sign.
-        visible.sort(key=lambda byte: (byte in b"[{", byte == ord("-"), byte))
+        visible = [byte for byte in _VALUE_BYTES if byte in allowed]
         return [(byte, 0) for byte in visible or allowed]
 
     def _name_candidates(self, name: bytes, allowed: bytes) -> list[tuple[int, int]]:

@@ -127,6 +127,11 @@ class JsonValue:
             del self._ending[0]
         self._completion_bound += self._schema.growth_tokens
 
+    def completion(self) -> list[int] | None:
+        """Few tokens that would complete the value from here; None when no short end is found."""
+        text = self._schema.complete(self._matcher, self._position)
+        return None if text is None else self._vocabulary.tokens(text)
+
     def _watch_budget(self, tokens_left: int) -> None:
         """Switch to the completion when one more free token could make it too long."""
         if self._ending is not None or not self._can_complete:

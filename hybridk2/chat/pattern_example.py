@@ -93,7 +93,9 @@ class _Reader:
             self._next = code_point.end()
             return chr(int(code_point[1] or code_point[2] or code_point[3], 16))
         letter = self._pattern[self._next + 1 : self._next + 2]
-        if letter in "dDwWsS" and letter:
+        if not letter:
+            raise ValueError("nothing is escaped")
+        if letter in "dDwWsS":
             return self._one_of(re.compile(r"\\."))
         self._next += 2
         if letter in "bBAzZ":
