@@ -410,8 +410,7 @@ def test_a_conversation_goes_on_while_another_is_looked_at(
     ask(page, "quick")
     page.wait_for("document.querySelector('.assistant .text')?.innerText === 'Quick one.'")
     model.replies[0].steps = says(" one.")
-    page.wait_for("document.querySelectorAll('#conversations .open').length === 2")
-    page.evaluate("[...document.querySelectorAll('#conversations .open')].at(-1).click()")
+    page.click("#conversations .open[title=slow]")
     page.wait_for("document.querySelector('.assistant .text')?.innerText === 'Slow one.'")
 
 
