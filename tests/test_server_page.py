@@ -21,6 +21,7 @@ from hybridk2.chat.events import (
 )
 from hybridk2.checkpoint import LoadProgress
 from hybridk2.errors import OutOfMemoryError
+from hybridk2.server import sse
 from hybridk2.server.security import gate
 from tests.browser import CHROMIUM, Chromium, Page
 from tests.scripted_assistant import USAGE, calls, says
@@ -271,6 +272,34 @@ def test_what_a_model_writes_never_becomes_markup(model: ScriptedEngine, page: P
     shown = page.text(".assistant .text")
     assert '<img src=x onerror="globalThis.hit = 1">' in shown
     assert "</code></pre><script>" in shown
+
+
+@needs_chromium
+def test_even_a_mistake_in_the_script_could_not_make_markup_of_text(
+    chromium: Chromium, scripted_server: tuple[ScriptedEngine, Served]
+) -> None:
+    page = chromium.open(scripted_server[1].url)
+    attempt = """(() => {
+      try { document.createElement("p").innerHTML = "<b>bold</b>"; } catch { return "refused"; }
+    })()"""
+    assert page.evaluate(attempt) == "refused"
+    assert "TrustedHTML" in page.complaints()[0]
+    page.close()
+
+
+@needs_chromium
+def test_a_reply_that_waits_says_what_for(
+    model: ScriptedEngine, page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sse, "PING_SECONDS", 0.05)
+    model.going.clear()
+    try:
+        ask(page, "?")
+        page.wait_for("document.querySelector('.waiting')?.innerText === 'queued, 0 ahead'")
+    finally:
+        model.going.set()
+    wait_for_reply(page)
+    assert page.text(".assistant .text") == "hello world"
 
 
 MARKDOWN = """\

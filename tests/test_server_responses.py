@@ -123,6 +123,16 @@ def test_tools_of_unknown_types_are_ignored() -> None:
     assert conversation(tools=[SHELL]).tools is None
 
 
+def test_a_tool_is_declared_to_the_model_as_chat_completions_declare_it() -> None:
+    declared = {"name": "get_weather", "description": "Weather of a city."}
+    declared |= {"parameters": WEATHER["parameters"]}
+    without_parameters = {"type": "function", "name": "now", "strict": True}
+    assert conversation(tools=[WEATHER, without_parameters]).tools == [
+        {"type": "function", "function": declared},
+        {"type": "function", "function": {"name": "now"}},
+    ]
+
+
 NAMED = {"type": "function", "name": "get_weather"}
 CHAT_NAMED = {"type": "function", "function": {"name": "get_weather"}}
 

@@ -256,9 +256,7 @@ def _read_tools(declared: Sequence[FunctionTool | OtherTool]) -> list[dict[str, 
     for tool in declared:
         if isinstance(tool, OtherTool):
             continue
-        function: dict[str, Any] = {"name": tool.name, "parameters": tool.parameters or {}}
-        if tool.description is not None:
-            function["description"] = tool.description
+        function = tool.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
         tools.append({"type": "function", "function": function})
     check_names(tools)
     return tools
