@@ -2,18 +2,23 @@
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
 
+from hybridk2.assistant import Assistant
 from hybridk2.chat.constraints import Constraints, ReplyConstraint
 from hybridk2.chat.generation import Reply, collect
 from hybridk2.chat.parser import OutputParser
+from hybridk2.config import EngineConfig
 from hybridk2.errors import RequestError
+from hybridk2.sampling import SamplingParams
+from hybridk2.synthesis import config_for_tokenizer, synthesize, synthetic_config
 from tests.random_schemas import random_arguments, random_schema
-from tests.small_vocabulary import small_tokenizer
+from tests.small_vocabulary import small_tokenizer, write_vocabulary
 
 SMALL = small_tokenizer()
 CONTROL = SMALL.control
@@ -288,7 +293,44 @@ def test_no_section_is_opened_that_could_not_be_closed() -> None:
     check_calls(reply, SCHEMAS)
 
 
+# --- with an engine --------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_random_weights_calls_the_named_tool(tmp_path: Path) -> None:
+    write_vocabulary(tmp_path)
+    config = config_for_tokenizer(synthetic_config("tiny"), tmp_path)
+    synthesize(tmp_path / "checkpoint", config, seed=3, tokenizer_folder=tmp_path)
+    choices = EngineConfig(model=str(tmp_path / "checkpoint"), context_tokens=4096, threads=2)
+    assistant = Assistant.load(choices)
+    constraints = Constraints(assistant.tokenizer)
+    question = [{"role": "user", "content": "hello"}]
+    for seed in range(4):
+        schemas = {"chosen": random_arguments(seed)}
+        tools = declared(**schemas)
+        constraint = constraints.for_reply(
+            tools, named("chosen"), max_tokens=200, max_think_tokens=20
+        )
+        params = SamplingParams(max_tokens=200, seed=seed)
+        reply = assistant.begin(question, tools, params, constraint=constraint)
+        events = []
+        while not reply.done:
+            assistant.step()
+            events += reply.poll()
+        whole = collect([*events, *reply.poll()])
+        assert whole.finish.reason == "tool_calls"
+        check_calls(whole, schemas)
+    assistant.close()
+
+
 # --- mistakes --------------------------------------------------------------------------------
+
+
+def test_schemas_are_bounded_together() -> None:
+    filling = {"description": "x" * 90_000}
+    tools = declared(**{f"tool_{i}": {**CLOCK, **filling} for i in range(5)})
+    assert CONSTRAINTS.for_reply(tools[:4]) is not None
+    with pytest.raises(RequestError, match="400,000 characters together"):
+        CONSTRAINTS.for_reply(tools)
 
 
 @pytest.mark.parametrize(

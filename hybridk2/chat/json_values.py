@@ -8,7 +8,8 @@ knows a short completion of itself (completion.py), and from the schema how much
 can make it (schemas.py). Tokens are free while, whatever comes next, the completion would still fit
 into the tokens that are left; from then on the completion is written. A budget that holds the
 completion of the empty value therefore holds the whole value, and a larger one leaves all but its
-end free.
+end free. What one token can add is an estimate; should a schema defeat it, the value may be cut off
+as without the rule, and is valid up to there.
 
 Departures from JSON Schema, besides what is refused: `oneOf` is read as `anyOf`; properties come in
 the order of the schema; a name that is not declared may come twice.
@@ -66,13 +67,16 @@ class JsonSchema:
         matcher: LLMatcher,
         vocabulary: _Vocabulary,
         search: CompletionSearch,
+        characters: int,
         completion_tokens: int,
         growth_tokens: int,
     ) -> None:
-        """matcher: of a value that is not begun. completion_tokens: of a short value.
-        growth_tokens: how much longer a completion may be after one token than before it."""
+        """matcher: of a value that is not begun. characters: of the schema as JSON.
+        completion_tokens: of a short value. growth_tokens: how much longer a completion may be
+        after one token than before it."""
         self.matcher = matcher
         self.vocabulary = vocabulary
+        self.characters = characters
         self.completion_tokens = completion_tokens
         self.growth_tokens = growth_tokens
         self._search = search
@@ -213,7 +217,9 @@ class SchemaCompiler:
         if completion is None:
             raise RequestError(f"{where}: {_NO_VALUE}")
         completion_tokens = len(self._vocabulary.tokens(completion))
-        return JsonSchema(matcher, self._vocabulary, search, completion_tokens, growth.tokens)
+        return JsonSchema(
+            matcher, self._vocabulary, search, len(text), completion_tokens, growth.tokens
+        )
 
     def _search(self, schema: dict[str, Any]) -> CompletionSearch:
         return CompletionSearch(self._vocabulary.byte_ids, completion_hints(schema))
