@@ -438,9 +438,13 @@ def test_a_conversation_goes_on_while_another_is_looked_at(
     page.click("#new")
     ask(page, "quick")
     page.wait_for("document.querySelector('.assistant .text')?.innerText === 'Quick one.'")
-    model.replies[0].steps = says(" one.")
+    model.replies[0].steps = [TextDelta(" one")]
+    assert until(lambda: not model.replies[0].steps)
     page.click("#conversations .open[title=slow]")
-    page.wait_for("document.querySelector('.assistant .text')?.innerText === 'Slow one.'")
+    page.wait_for("document.querySelector('.assistant .text')?.innerText === 'Slow one'")
+    model.replies[0].steps = says(", done.")
+    wait_for_reply(page)
+    assert page.text(".assistant .text") == "Slow one, done."
 
 
 @needs_chromium

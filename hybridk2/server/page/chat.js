@@ -577,23 +577,32 @@ function showConversation(conversation) {
 }
 
 function drawList() {
-  const rows = conversations.all.map((conversation) => {
-    const { title } = conversation;
-    const open = element("button", { class: "open", title }, title);
-    const remove = element("button", { class: "icon", title: "Delete" });
-    remove.append(iconOf("delete"));
-    open.addEventListener("click", () => showConversation(conversation));
-    remove.addEventListener("click", () => deleteConversation(conversation));
-    const row = element("div", {}, open, remove);
-    if (conversation.id === current.id) {
-      row.classList.add("current");
-      open.setAttribute("aria-current", "true");
-    }
-    return row;
-  });
-  byId("conversations").replaceChildren(...rows);
+  const list = byId("conversations");
+  const rows = new Map([...list.children].map((row) => [row.conversation, row]));
+  const wanted = conversations.all.map((each) => rows.get(each) ?? rowOf(each));
+  for (const row of wanted) {
+    const isCurrent = row.conversation === current;
+    row.classList.toggle("current", isCurrent);
+    const open = row.firstElementChild;
+    open.setAttribute("aria-current", String(isCurrent));
+    open.textContent = open.title = row.conversation.title;
+  }
+  // A row that stays where it is stays the same element, or a click on it would come to nothing.
+  const isChanged = wanted.some((row, place) => row !== list.children[place]);
+  if (isChanged || wanted.length !== list.children.length) list.replaceChildren(...wanted);
   byId("title").textContent = current.messages.length ? current.title : "";
   document.title = current.messages.length ? `${current.title} · HybridK2` : "HybridK2";
+}
+
+function rowOf(conversation) {
+  const open = element("button", { class: "open" });
+  const remove = element("button", { class: "icon", title: "Delete" });
+  remove.append(iconOf("delete"));
+  open.addEventListener("click", () => showConversation(conversation));
+  remove.addEventListener("click", () => deleteConversation(conversation));
+  const row = element("div", {}, open, remove);
+  row.conversation = conversation;
+  return row;
 }
 
 function iconOf(name) {
