@@ -107,7 +107,8 @@ def test_it_listens_at_once_says_how_to_use_it_and_drains_at_sigterm(tmp_path: P
         )
         asking.start()
         assert until(lambda: "running 1.0" in httpx.get(f"{url}/metrics").text, 10)
-        server.process.send_signal(signal.SIGTERM)
+        for _ in range(2):  # as `timeout` sends it, to the process and to its group
+            server.process.send_signal(signal.SIGTERM)
         code = server.ended(30)
         asking.join(10)
         assert code == 0, server.text
@@ -132,6 +133,7 @@ def test_json_logs_hold_no_prompt_and_no_key_and_a_second_sigterm_ends_at_once()
             next(frames)
             server.process.send_signal(signal.SIGTERM)
             assert until(lambda: "shutting down" in server.text)
+            time.sleep(0.5)
             before = time.monotonic()
             server.process.send_signal(signal.SIGTERM)
             assert server.ended(10) == 128 + signal.SIGTERM

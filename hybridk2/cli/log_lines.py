@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from rich.console import Console
 from rich.text import Text
 
+from hybridk2.cli.notes import is_terminal
 from hybridk2.cli.terminal_text import printable_line
 
 _STYLES = {logging.INFO: "dim", logging.WARNING: "yellow"}
@@ -24,7 +25,11 @@ class LogLines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         line = _json_line(record) if self._as_json else _text_line(record)
-        style = "" if self._as_json else _STYLES.get(record.levelno, "red")
+        if self._as_json or not is_terminal(self._status):
+            self._status.file.write(line + "\n")  # drawing it would cost as much as a request does
+            self._status.file.flush()
+            return
+        style = _STYLES.get(record.levelno, "red")
         self._status.print(Text(line, style=style), soft_wrap=True)
 
 

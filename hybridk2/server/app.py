@@ -31,6 +31,9 @@ access_log = logging.getLogger("hybridk2.server.access")
 
 _PROBES = ("/health", "/metrics")  # asked every few seconds, and of no interest in a log
 
+# What needs a place among the replies.
+_ANSWERING = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
+
 # Each has `router(context) -> APIRouter`, and REQUESTS, the models of its bodies.
 APIS: tuple[Any, ...] = (openai, completions, responses, anthropic, catalogue, operations, page)
 
@@ -114,6 +117,8 @@ class Door:
             try:
                 self._gate.check(scope)
                 if scope["method"] == "POST":
+                    if scope["path"] in _ANSWERING:
+                        self._context.refuse_without_place()
                     await self._bodies.receive(scope, receive)
                 await self._app(scope, receive, noting_send)
             except Exception as error:  # noqa: BLE001 - becomes the response, if none was begun

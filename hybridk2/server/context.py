@@ -93,8 +93,20 @@ class ServerContext:
         try:
             return await self.worker.begin_all(starts)
         except QueueFullError as error:
-            seconds = math.ceil(self.worker.mean_reply_seconds)
-            raise ApiError(503, str(error), "queue_full", retry_after_seconds=seconds) from error
+            raise self._queue_full() from error
+
+    def refuse_without_place(self) -> None:
+        """Raises ApiError while a request has no chance: checked before its body is even read, so
+        that in a rush the refusals cost next to nothing."""
+        self.refuse_unless_ready()
+        if self.worker.under_way >= self.worker.capacity:
+            raise self._queue_full()
+
+    def _queue_full(self) -> ApiError:
+        worker = self.worker
+        message = f"{worker.under_way} requests run and wait, and {worker.capacity} may"
+        seconds = math.ceil(worker.mean_reply_seconds)
+        return ApiError(503, message, "queue_full", retry_after_seconds=seconds)
 
     def constraint(
         self,

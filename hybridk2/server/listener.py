@@ -11,7 +11,9 @@ import contextlib
 import logging
 import signal
 import socket
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,7 +35,13 @@ STALL_SECONDS = 60.0  # for which a client may read nothing
 # default grows to megabytes for every slow reader.
 _SEND_BUFFER_BYTES = 128 << 10
 
+# How long the engine's thread may keep the interpreter to itself while the loop has work. Of 200
+# requests at once against a queue of 16, the last refusal came after 0.42 s with Python's own 5 ms,
+# after 0.18 s with this (K2-nano, 2 Zen 5 cores with other work on them).
+_SWITCH_SECONDS = 0.001
+
 _BACKLOG = 1024
+_ECHO_SECONDS = 0.3  # `timeout` and some shells send a signal to the process and to its group
 _LAST_SECONDS = 1  # for cancelled requests to say so to their clients
 
 
@@ -74,10 +82,12 @@ class HttpServer(uvicorn.Server):
             timeout_graceful_shutdown=_LAST_SECONDS,
         )
         super().__init__(config)
+        sys.setswitchinterval(_SWITCH_SECONDS)
         self.forced_by: int | None = None  # the signal that cut requests off
         self._context = context
         self._drain_seconds = drain_seconds
         self._draining: asyncio.Task[None] | None = None
+        self._asked = 0.0
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -96,10 +106,12 @@ class HttpServer(uvicorn.Server):
 
     def leave(self, signal_number: int) -> None:
         """Finish open requests and end; asked a second time, end now."""
+        now = time.monotonic()
         if self._draining is None:
             self._context.draining = True
             self._draining = asyncio.create_task(self._drain())
-        else:
+            self._asked = now
+        elif now - self._asked > _ECHO_SECONDS:
             self.forced_by = signal_number
             self._context.worker.end()
             self.force_exit = self.should_exit = True
