@@ -236,6 +236,7 @@ def test_an_image_in_a_tool_result_is_refused_by_its_place() -> None:
         {"stop_sequences": ["a" * 257]},
         {"messages": []},
         {"messages": [{"role": "tool", "content": "x"}]},
+        {"messages": [user("hi"), assistant("The answer is")]},
         {"tools": [WEATHER] * 129},
         {"tools": [{**WEATHER, "name": "a" * 65}]},
         {"tools": [{"name": "f"}]},

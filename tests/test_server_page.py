@@ -22,6 +22,7 @@ from hybridk2.chat.events import (
 from hybridk2.checkpoint import LoadProgress
 from hybridk2.errors import OutOfMemoryError
 from hybridk2.server import sse
+from hybridk2.server.openai import ChatEncoder
 from hybridk2.server.security import gate
 from tests.browser import CHROMIUM, Chromium, Page
 from tests.scripted_assistant import USAGE, calls, says
@@ -402,6 +403,17 @@ def test_a_reply_that_fails_says_why_and_keeps_what_came(model: ScriptedEngine, 
     assert "out of memory" in page.text(".assistant .mistake")
     assert page.text(".assistant .text") == "Half"
     assert page.count(".call") == 0  # what is not whole must not be answered
+
+
+@needs_chromium
+def test_a_connection_that_ends_early_is_not_taken_for_the_end_of_the_reply(
+    page: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for frames in ("event", "end"):
+        monkeypatch.setattr(ChatEncoder, frames, lambda *_: b"")
+    ask(page, "?")
+    page.wait_for("document.querySelector('.assistant .mistake')?.innerText")
+    assert page.text(".assistant .mistake") == "The connection ended before the reply did."
 
 
 @needs_chromium

@@ -216,6 +216,14 @@ def test_what_would_need_stored_responses_is_refused(fields: dict[str, Any]) -> 
         conversation(**fields)
 
 
+@pytest.mark.parametrize(
+    "fields", [{"top_logprobs": 3}, {"include": ["message.output_text.logprobs"]}]
+)
+def test_log_probabilities_are_refused_rather_than_left_out(fields: dict[str, Any]) -> None:
+    with pytest.raises(ChatError, match="log-probabilities"):
+        conversation(**fields)
+
+
 def test_store_and_other_bookkeeping_is_ignored() -> None:
     ignored = {"store": True, "prompt_cache_key": "a", "service_tier": "auto", "user": "b"}
     assert conversation(**ignored) == conversation()

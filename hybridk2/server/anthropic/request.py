@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from hybridk2.errors import ChatError
 from hybridk2.server.carried_reasoning import carried
@@ -118,6 +118,15 @@ class MessagesRequest(CountTokensRequest):
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     stop_sequences: Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
+
+    @model_validator(mode="after")
+    def _leaves_the_reply_to_the_model(self) -> MessagesRequest:
+        if self.messages[-1].role == "assistant":
+            raise ValueError(
+                "messages: the last one is the assistant's, but a reply cannot be begun for this "
+                "model (prefill); end with a user message"
+            )
+        return self
 
 
 def read_conversation(request: CountTokensRequest) -> Conversation:

@@ -299,10 +299,6 @@ class Conversations {
     return [...this.#memory.values()].sort((a, b) => b.updated - a.updated);
   }
 
-  get(id) {
-    return this.#memory.get(id);
-  }
-
   async save(conversation) {
     this.#memory.set(conversation.id, conversation);
     await this.#change((kept) => kept.put(conversation));
@@ -489,6 +485,7 @@ class Reply {
       else if (data !== "[DONE]") this.#take(JSON.parse(data));
       changed();
     }
+    if (!this.message.finish) throw new Refusal(0, "The connection ended before the reply did.");
   }
 
   #take(chunk) {
@@ -835,7 +832,8 @@ function failed(reply, error) {
   if (error.name === "AbortError") {
     message.mistake = "Stopped.";
   } else {
-    message.mistake = error.message;
+    const isSaid = error instanceof Refusal;
+    message.mistake = isSaid ? error.message : `The connection broke off: ${error.message}.`;
   }
   // Calls that are not whole must not be answered.
   message.tool_calls = [];

@@ -24,6 +24,7 @@ from hybridk2.server.protocol import MAX_TOOLS, Count, Name, StrictBody
 Item = dict[str, Any]
 
 ENCRYPTED_REASONING = "reasoning.encrypted_content"
+_LOGPROBS = "message.output_text.logprobs"
 
 _TEXT_PARTS = ("input_text", "output_text", "text")
 _OTHER_MEDIA = ("input_image", "input_file", "input_audio", "computer_screenshot")
@@ -83,6 +84,7 @@ class ResponsesRequest(StrictBody):
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     include: list[str] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     stream: bool | None = None
     background: bool | None = None
     previous_response_id: str | None = None
@@ -94,7 +96,7 @@ class ResponsesRequest(StrictBody):
 
 def read_conversation(request: ResponsesRequest) -> Conversation:
     """The conversation that a request means. Raises ChatError, which names the field."""
-    _refuse_stored_state(request)
+    _refuse_what_is_not_here(request)
     messages: list[dict[str, Any]] = []
     if request.instructions:
         messages.append({"role": "system", "content": request.instructions})
@@ -112,7 +114,7 @@ def read_conversation(request: ResponsesRequest) -> Conversation:
     )
 
 
-def _refuse_stored_state(request: ResponsesRequest) -> None:
+def _refuse_what_is_not_here(request: ResponsesRequest) -> None:
     for name in ("previous_response_id", "conversation", "prompt"):
         if getattr(request, name) is not None:
             raise ChatError(
@@ -123,6 +125,11 @@ def _refuse_stored_state(request: ResponsesRequest) -> None:
         raise ChatError(
             "background: this server stores no responses, so nothing could be fetched later. Send "
             "the request without it, and with stream if it may take long."
+        )
+    if request.top_logprobs or _LOGPROBS in (request.include or ()):
+        raise ChatError(
+            "top_logprobs: this interface reports no log-probabilities here. /v1/chat/completions "
+            "does."
         )
 
 
