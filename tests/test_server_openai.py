@@ -325,8 +325,15 @@ def test_text_comes_back_from_its_tokens_and_control_tokens_are_no_text(served: 
     control = served.context.tokenizer.control
     assert not {control.im_end, control.think} & set(answer["tokens"])
     assert served.post("/detokenize", {"tokens": answer["tokens"]}).json() == {"prompt": text}
-    beyond = served.post("/detokenize", {"tokens": [served.context.tokenizer.vocab_size]})
-    assert beyond.status_code == 400
+
+
+@pytest.mark.parametrize("path", ["/detokenize", "/v1/completions"])
+def test_token_ids_that_there_are_not_are_refused(served: Served, path: str) -> None:
+    beyond = [served.context.tokenizer.vocab_size]
+    body = {"tokens": beyond, "model": MODEL, "prompt": beyond, "echo": True}
+    answer = served.post(path, body)
+    assert answer.status_code == 400
+    assert str(served.context.tokenizer.vocab_size) in answer.json()["error"]["message"]
 
 
 # -- Completions ------------------------------------------------------------------------------
@@ -395,6 +402,38 @@ def test_a_scored_prompt_scores_the_same_as_when_it_was_generated(client: openai
     count = len(generated.token_logprobs)
     assert echoed.tokens[-count:] == generated.tokens
     assert echoed.token_logprobs[-count:] == pytest.approx(generated.token_logprobs, abs=0.1)
+
+
+def test_more_answers_than_there_are_places_are_refused_for_good() -> None:
+    with serving(lambda on_progress: ScriptedEngine(), capacity=3) as served:
+        refusal = served.chat(n=4)
+    assert refusal.status_code == 400
+    assert "at most 3" in refusal.json()["error"]["message"]
+
+
+def test_metrics_count_what_was_answered(served: Served, client: openai.OpenAI) -> None:
+    def figures() -> dict[str, float]:
+        lines = served.get("/metrics").text.splitlines()
+        pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, _, value in pairs}
+
+    before = figures()
+    usage = create(client, messages=[{"role": "user", "content": "hello, metrics"}]).usage
+    after = figures()
+
+    def grown(name: str) -> float:
+        return after[f"hybridk2_{name}"] - before.get(f"hybridk2_{name}", 0)
+
+    route = 'route="/v1/chat/completions",status="200"'
+    assert grown(f"http_responses_total{{{route}}}") == 1
+    assert grown("time_to_first_token_seconds_count") == 1
+    assert grown("reply_seconds_sum") > 0
+    assert grown("completion_tokens_total") == usage.completion_tokens
+    assert grown("prompt_tokens_total") == usage.prompt_tokens
+    assert grown('requests_total{reason="stop"}') == 1
+    assert grown("expert_bytes_total") > 0
+    assert after["hybridk2_up"] == 1
+    assert after["hybridk2_running"] == 0
 
 
 # -- Order ------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -51,9 +50,8 @@ def router(context: ServerContext) -> APIRouter:
     async def tokenize(request: Request) -> Response:
         """The token ids of a text, or of the prompt that a conversation becomes."""
         body = await validated_body(request, TokenizeRequest)
-        ids = await asyncio.to_thread(_ids_of, context, body)
-        limit = context.assistant.context_tokens
-        return json_response({"count": len(ids), "max_model_len": limit, "tokens": ids})
+        context.refuse_unless_ready()
+        return await context.worker.in_thread(lambda: _tokenized(context, body))
 
     @routes.post("/detokenize", openapi_extra=described_body(DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
@@ -63,15 +61,19 @@ def router(context: ServerContext) -> APIRouter:
         if body.tokens and max(body.tokens) >= tokenizer.vocab_size:
             message = f"tokens: expected ids below {tokenizer.vocab_size}"
             raise ApiError(400, message, "invalid_value", "tokens")
-        return json_response({"prompt": tokenizer.decode(body.tokens)})
+        text = await context.worker.in_thread(lambda: tokenizer.decode(body.tokens))
+        return json_response({"prompt": text})
 
     return routes
 
 
-def _ids_of(context: ServerContext, body: TokenizeRequest) -> list[int]:
+def _tokenized(context: ServerContext, body: TokenizeRequest) -> Response:
+    tokenizer = context.tokenizer
     if body.prompt is not None:
-        return context.tokenizer.encode(body.prompt)
-    assert body.messages is not None, "validated: one of the two is there"
-    return render(
-        body.messages, as_written(body.tools), context.tokenizer, body.add_generation_prompt
-    )
+        ids = tokenizer.encode(body.prompt)
+    else:
+        assert body.messages is not None, "validated: one of the two is there"
+        tools = as_written(body.tools)
+        ids = render(body.messages, tools, tokenizer, body.add_generation_prompt)
+    limit = context.assistant.context_tokens
+    return json_response({"count": len(ids), "max_model_len": limit, "tokens": ids})

@@ -40,20 +40,25 @@ def router(context: ServerContext) -> APIRouter:
         arrived = time.monotonic()
         body = await validated_body(request, CompletionRequest)
         context.check_model(body.model)
-        prompts = body.prompts
-        texts = [CompletionText(body, prompt, context.tokenizer) for prompt in prompts]
-        choices = [text for text in texts for _ in range(body.n or 1)]
+        choices = body.n or 1
         starts = [
-            _start(context, body, text.prompt, index % (body.n or 1), arrived)
-            for index, text in enumerate(choices)
+            _start(context, body, prompt, choice, arrived)
+            for prompt in body.prompts
+            for choice in range(choices)
         ]
         replies = await context.begin_all(starts)
+        # Only now is it known that token ids are ones that there are.
+        texts = [
+            text
+            for prompt in body.prompts
+            for text in [CompletionText(body, prompt, context.worker.assistant.tokenizer)] * choices
+        ]
         head = answer_head("cmpl", "text_completion", context.model_name)
         if body.stream:
-            encoder = CompletionEncoder(head, choices, body.n or 1, body.includes_usage)
+            encoder = CompletionEncoder(head, texts, choices, body.includes_usage)
             return ReplyStream(replies, encoder)
         answers = await collect_events(request, replies)
-        return json_response(completion(head, choices, body.n or 1, answers))
+        return json_response(completion(head, texts, choices, answers))
 
     return routes
 
@@ -84,7 +89,6 @@ class CompletionText:
     def __init__(
         self, body: CompletionRequest, prompt: str | list[int], tokenizer: Tokenizer
     ) -> None:
-        self.prompt = prompt
         self.wants_scores = body.logprobs is not None
         self.wants_answer = body.answer_tokens > 0
         self.echo = ""

@@ -25,6 +25,7 @@ MAX_BIASES = 1024
 MAX_TOKENS = 2**31 - 1
 
 MAX_PROMPTS = 64
+MAX_TOKENIZED_CHARACTERS = 2_000_000  # twice what the longest context holds of plain text
 
 _PROMPT_COUNT = Field(min_length=1, max_length=MAX_PROMPTS)
 _COMPLETION_TOKENS = 16
@@ -262,7 +263,7 @@ class CompletionRequest(SamplingRequest):
 class TokenizeRequest(StrictBody):
     """POST /tokenize: a text, or a conversation as the model is shown it."""
 
-    prompt: str | None = None
+    prompt: Annotated[str, Field(max_length=MAX_TOKENIZED_CHARACTERS)] | None = None
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
     tools: Annotated[list[ToolDeclaration], Field(max_length=MAX_TOOLS)] | None = None
     add_generation_prompt: bool = True

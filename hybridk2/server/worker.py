@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
 from hybridk2.chat.events import Event, PromptProgress, PromptScored, TokenScored
 from hybridk2.errors import EngineError, QueueFullError, RequestError
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 State: TypeAlias = Literal["loading", "ready", "failed", "closed"]
 Load: TypeAlias = "Callable[[Callable[[LoadProgress], None]], Assistant]"
 Start: TypeAlias = "Callable[[Assistant], ReplyInProgress]"
+
+Result = TypeVar("Result")
 
 # What a client that does not read may leave lying here before its request is ended.
 MAX_UNREAD_BYTES = 1 << 20
@@ -170,7 +172,8 @@ class EngineWorker:
     async def begin(self, start: Start) -> RemoteReply:
         """Begin one reply. `start` is called in a thread and returns what `Assistant.begin` does.
 
-        Raises what it raises, QueueFullError at once when too many are under way, NotReadyError.
+        Raises what it raises, QueueFullError at once when too many are under way, RequestError for
+        more at once than there are places, NotReadyError.
         """
         (reply,) = await self.begin_all([start])
         return reply
@@ -178,6 +181,11 @@ class EngineWorker:
     async def begin_all(self, starts: Sequence[Start]) -> list[RemoteReply]:
         """Begin several replies, or none of them. See `begin`."""
         assistant = self.assistant
+        if len(starts) > self.capacity:
+            raise RequestError(
+                f"{len(starts)} answers are asked for at once, and this server begins at most "
+                f"{self.capacity}"
+            )
         if self.under_way + len(starts) > self.capacity:
             raise QueueFullError(
                 f"{self.under_way} requests run and wait, and {self.capacity} may; come again later"
@@ -194,6 +202,10 @@ class EngineWorker:
                 reply.deliver([], None, ended=True)
             raise
         return replies
+
+    async def in_thread(self, function: Callable[[], Result]) -> Result:
+        """The result of something that takes a while with a prompt: only so many at once."""
+        return await asyncio.get_running_loop().run_in_executor(self._prompts, function)
 
     def wake(self) -> None:
         """Let the engine's thread look at what changed."""
