@@ -250,6 +250,15 @@ def test_a_stream_of_messages_that_fails_ends_with_an_error_event(
         stream.until_done()
 
 
+def test_what_claude_code_asks_its_smallest_model_goes_behind_the_others(
+    scripted: tuple[ScriptedEngine, Served],
+) -> None:
+    engine, served = scripted
+    for name in ("claude-haiku-4-5", "claude-opus-4-8"):
+        claude(served).messages.create(model=name, max_tokens=5, messages=said("hi"))
+    assert [reply.options["priority"] for reply in engine.replies] == ["background", "interactive"]
+
+
 # ---------------------------------------------------------------------------- Responses
 
 

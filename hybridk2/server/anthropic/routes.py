@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -25,6 +25,9 @@ from hybridk2.server.limits import described_body, validated_body
 from hybridk2.server.openai import json_response
 from hybridk2.server.sse import ReplyStream, collect_events, data_frame
 from hybridk2.server.worker import RemoteReply
+
+if TYPE_CHECKING:
+    from hybridk2.engine import Priority
 
 REQUESTS = (MessagesRequest, CountTokensRequest)
 
@@ -79,8 +82,10 @@ async def _begin(context: ServerContext, body: MessagesRequest, arrived: float) 
         "max_tokens": body.max_tokens,
         "stop": tuple(body.stop_sequences or ()),
     }
+    # Claude Code asks its smallest model for titles and summaries, which nobody waits for.
+    priority: Priority = "background" if "haiku" in body.model else "interactive"
     try:
-        return await begin(context, lambda: read_conversation(body), sampling, arrived)
+        return await begin(context, lambda: read_conversation(body), sampling, arrived, priority)
     except ContextLengthError as error:
         # Claude Code shortens a conversation of its own accord when it reads these words.
         found, most = error.prompt_tokens, error.context_tokens
