@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import json
+import logging
 import socket
 import statistics
 import time
@@ -156,6 +157,20 @@ def test_a_reader_of_a_byte_a_second_costs_little_and_holds_nobody_up(
     assert served.chat().json()["choices"][0]["message"]["content"] == "hello world"
     slow.close()
     assert until(lambda: served.context.open_requests == 0, 2)
+
+
+def test_a_client_that_does_not_read_does_not_hold_up_the_end(
+    engine: ScriptedEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.default = words(*["x" * 10_000] * 2000)
+    with serving(lambda on_progress: engine) as served:
+        slow = connect(served, receive_buffer=4096)
+        slow.sendall(raw_request(served, stream=True))
+        assert until(lambda: engine.replies and engine.replies[0].done, 20)
+        before = time.monotonic()
+    assert time.monotonic() - before < 4
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    slow.close()
 
 
 def test_sockets_that_say_nothing_are_closed(

@@ -42,7 +42,10 @@ _SWITCH_SECONDS = 0.001
 
 _BACKLOG = 1024
 _ECHO_SECONDS = 0.3  # `timeout` and some shells send a signal to the process and to its group
-_LAST_SECONDS = 1  # for cancelled requests to say so to their clients
+
+# For requests that were cut off to say so to their clients.
+_LAST_SECONDS = 1
+_FORCED_LAST_SECONDS = 0.05
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -79,7 +82,7 @@ class HttpServer(uvicorn.Server):
             proxy_headers=False,
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=_LAST_SECONDS,
+            timeout_graceful_shutdown=2 * _LAST_SECONDS,
         )
         super().__init__(config)
         sys.setswitchinterval(_SWITCH_SECONDS)
@@ -115,6 +118,16 @@ class HttpServer(uvicorn.Server):
             self.forced_by = signal_number
             self._context.worker.end()
             self.force_exit = self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End all connections: those of clients that do not read, without waiting for them."""
+        seconds = _FORCED_LAST_SECONDS if self.force_exit else _LAST_SECONDS
+        asyncio.get_running_loop().call_later(seconds, self._abort_connections)
+        await super().shutdown(sockets)
+
+    def _abort_connections(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     async def _drain(self) -> None:
         try:
