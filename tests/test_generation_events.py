@@ -12,12 +12,13 @@ from hybridk2.chat.events import (
     PromptProgress,
     ReasoningDelta,
     TextDelta,
+    TokenScored,
     ToolCallArguments,
     ToolCallEnd,
     ToolCallStart,
     Usage,
 )
-from hybridk2.chat.generation import Reply, ReplyParser, ReplyStream, collect
+from hybridk2.chat.generation import PlainTextParser, Reply, ReplyParser, ReplyStream, collect
 from hybridk2.chat.parser import EndReason, OutputParser
 from hybridk2.chat.template import render
 from hybridk2.errors import RequestError
@@ -186,6 +187,62 @@ def test_stop_strings_do_not_depend_on_how_text_is_cut(
 
     events = events_of(range(len(pieces)), stops, parser=Parser(SMALL))
     assert (collect(events).content or "") == _stopped_at_once(text, stops)
+
+
+# --- scores ----------------------------------------------------------------------------------
+
+
+def scored_events(parser: ReplyParser, written: str, stops: Sequence[str] = ()) -> list[Event]:
+    stream = ReplyStream(parser, stops)
+    events: list[Event] = []
+    for token_id in SMALL.encode_with_control(written):
+        score = TokenScored(token_id, SMALL.token_bytes(token_id), -1.0)
+        events += stream.push(token_id, score)
+        if stream.ended:
+            break
+    return events + stream.finish("length")
+
+
+def scored_bytes(events: Iterable[Event]) -> bytes:
+    return b"".join(event.text_bytes for event in events if isinstance(event, TokenScored))
+
+
+def test_only_tokens_of_the_visible_text_are_scored() -> None:
+    events = scored_events(OutputParser(SMALL), f"<think>why</think>é<|im_middle|>b{CALL}{END}")
+    assert scored_bytes(events) == "éb".encode()
+
+
+def test_scores_come_before_the_delta_that_their_text_begins_in() -> None:
+    events = scored_events(OutputParser(SMALL), f"x st\u4f60ab{END}", ["stop"])
+    shown = 0
+    for number, event in enumerate(events):
+        if isinstance(event, TextDelta):
+            shown += len(event.text.encode())
+            assert len(scored_bytes(events[:number])) >= shown
+    assert scored_bytes(events) == "x st\u4f60ab".encode()
+
+
+def test_tokens_of_a_stop_string_are_not_scored() -> None:
+    events = scored_events(OutputParser(SMALL), "abSTOPcd", ["STOP"])
+    assert scored_bytes(events) == b"ab"
+
+
+# --- completions -----------------------------------------------------------------------------
+
+
+def test_a_completion_is_all_text_without_the_tokens_that_frame_messages() -> None:
+    written = f"a<think>b</think>{CALL}<|im_middle|>[BOS]c{END}"
+    expected = written.replace("<|im_middle|>", "").replace("[BOS]", "").replace(END, "")
+    events = scored_events(PlainTextParser(SMALL), written)
+    assert collect(events).content == expected
+    assert scored_bytes(events).decode() == expected
+
+
+def test_a_character_that_a_completion_was_cut_off_in_is_dropped() -> None:
+    ids = SMALL.encode("a\u4f60")[:-1]
+    for reason, shown in (("length", "a"), ("stop", "a\ufffd")):
+        events = events_of(ids, reason=reason, parser=PlainTextParser(SMALL))  # type: ignore[arg-type]
+        assert collect(events) == Reply("", shown, [], Finished(reason))  # type: ignore[arg-type]
 
 
 # --- the whole reply -------------------------------------------------------------------------
