@@ -15,9 +15,7 @@ import logging
 import secrets
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 
 import psutil
 import torch
@@ -25,29 +23,27 @@ import torch
 from hybridk2.checkpoint import Checkpoint, locate_model
 from hybridk2.config import EngineConfig, K2Config
 from hybridk2.device import select_device
+from hybridk2.engine_stats import EngineStats, Totals
 from hybridk2.errors import (
     ConfigError,
-    ContextLengthError,
     DeadlineError,
     EngineError,
     HybridK2Error,
-    OutOfMemoryError,
-    RequestError,
 )
-from hybridk2.execution import Execution
+from hybridk2.execution import Execution, step_error
 from hybridk2.experts.host import HostExperts
 from hybridk2.experts.loading import LoadProgress, check_memory, load_experts
 from hybridk2.kv_cache import PAGE_TOKENS, PagedLatentCache
 from hybridk2.model.k2 import K2Model
 from hybridk2.model.layers import DECODE_ROWS
 from hybridk2.model.loading import dense_bytes, dense_threads, load_model
-from hybridk2.request import FinishReason, Generation, Task
+from hybridk2.request import FinishReason, Generation, Task, check_prompt
 from hybridk2.sampling import (
-    MAX_TOP_LOGPROBS,
     GeneratedToken,
     Sampler,
     SamplingParams,
     TokenConstraint,
+    check_number_of_logprobs,
 )
 from hybridk2.scheduler import Priority, Scheduler
 
@@ -56,39 +52,6 @@ logger = logging.getLogger(__name__)
 # Where the user sets no context: as much as a long conversation needs, 2.3 GB of cache for K2. The
 # model's own limit of 262,144 tokens would be 18 GB.
 _DEFAULT_CONTEXT_TOKENS = 32_768
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """What the engine does now, and what it did since it was loaded."""
-
-    running: int
-    waiting_interactive: int
-    waiting_background: int
-    max_running: int
-    max_queued: int
-    cache_tokens_used: int  # held by running requests
-    cache_tokens_capacity: int
-    prompt_tokens_total: int
-    cached_tokens_total: int  # of those, not computed again
-    completion_tokens_total: int
-    requests_total: Mapping[str, int]  # by finish reason, "error" among them
-    steps_total: int
-    step_seconds_total: float
-    expert_bytes_total: int  # routed weights read by steps
-    host_expert_share: float  # of the routed experts, how many host memory served
-
-
-@dataclass
-class _Totals:
-    """What was done since the engine was loaded."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    requests: Counter[str] = field(default_factory=Counter)
-    steps: int = 0
-    step_seconds: float = 0.0
 
 
 class Engine:
@@ -113,7 +76,7 @@ class Engine:
         self._cache = cache
         self._execution = Execution(model, cache)
         self._scheduler: Scheduler[Generation] = Scheduler(max_running, max_queued)
-        self._totals = _Totals()
+        self._totals = Totals()
         self._stepping = threading.Lock()  # held for as long as a step takes
         # Held for moments: who runs and waits, and the end of requests. Taken after _stepping.
         self._lock = threading.RLock()
@@ -210,7 +173,8 @@ class Engine:
         """
         prompt = tuple(prompt_ids)
         vocab_size = self.config.vocab_size
-        self._check_prompt(prompt, params, prompt_logprobs)
+        check_prompt(prompt, vocab_size, self.context_tokens, params.max_tokens)
+        check_number_of_logprobs("prompt_logprobs", prompt_logprobs)
         room = self.context_tokens - len(prompt)
         task = Task(
             prompt_ids=prompt,
@@ -224,22 +188,6 @@ class Engine:
         seed = secrets.randbits(64) if params.seed is None else params.seed
         sampler = Sampler(params, seed, prompt, vocab_size, forbidden_ids, constraint)
         return self._queue(Generation(task, sampler))
-
-    def _check_prompt(
-        self, prompt: tuple[int, ...], params: SamplingParams, prompt_logprobs: int | None
-    ) -> None:
-        if not prompt:
-            raise RequestError("the prompt is empty: expected at least one token")
-        vocab_size = self.config.vocab_size
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            wrong = min(prompt) if min(prompt) < 0 else max(prompt)
-            raise RequestError(f"token id {wrong} is not in the vocabulary of {vocab_size} tokens")
-        if len(prompt) >= self.context_tokens:
-            raise ContextLengthError(len(prompt), params.max_tokens, self.context_tokens)
-        if prompt_logprobs is not None and not 0 <= prompt_logprobs <= MAX_TOP_LOGPROBS:
-            raise RequestError(
-                f"prompt_logprobs: expected 0 to {MAX_TOP_LOGPROBS}, found {prompt_logprobs}"
-            )
 
     def _queue(self, generation: Generation) -> Generation:
         with self._lock:
@@ -425,7 +373,7 @@ class Engine:
         except Exception as error:
             logger.exception("a step of %d requests failed", len(ready))
             if len(ready) == 1:
-                self._end(ready[0], _as_engine_error(error))
+                self._end(ready[0], step_error(error))
                 return
             # One request's trouble is not the others': each on its own.
             for generation in ready:
@@ -448,7 +396,7 @@ class Engine:
             logits = self._execution.read_chunk(generation)
         except Exception as error:
             logger.exception("a step of a prompt failed")
-            self._end(generation, _as_engine_error(error))
+            self._end(generation, step_error(error))
             return
         generation.prefill_seconds += time.perf_counter() - started
         self._totals.prompt_tokens += generation.prefilled_tokens - prefilled_before
@@ -490,7 +438,7 @@ class Engine:
             token = generation.sampler.sample(logits, position)
         except Exception as error:
             logger.exception("no token could be sampled")
-            self._end(generation, _as_engine_error(error))
+            self._end(generation, step_error(error))
             return
         if token.id in generation.task.stop_ids:
             self._end(generation, "stop")
@@ -515,23 +463,6 @@ class Engine:
                 generation.error = how
             else:
                 generation.finish_reason = how
-
-
-def _as_engine_error(error: Exception) -> HybridK2Error:
-    if isinstance(error, HybridK2Error):
-        return error
-    what = f"{type(error).__name__}: {error}"
-    # torch's allocator for the host raises a plain RuntimeError.
-    no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    if no_memory or "can't allocate memory" in str(error):
-        failure: HybridK2Error = OutOfMemoryError(
-            f"a step needed more memory than is free: {what}. Try again, send less at a time, or "
-            "give the cache fewer tokens"
-        )
-    else:
-        failure = EngineError(f"the step failed: {what}")
-    failure.__cause__ = error
-    return failure
 
 
 def _context_tokens(choices: EngineConfig, config: K2Config) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hybridk2.errors import EngineError, HybridK2Error, OutOfMemoryError
 from hybridk2.kv_cache import PagedLatentCache
 from hybridk2.model.k2 import K2Model
 from hybridk2.request import Generation
@@ -115,3 +116,21 @@ class Execution:
                     top.indices[row].tolist(), (top.values[row] - total[row]).tolist(), strict=True
                 )
                 scores.append(GeneratedToken(token_id, float(own[row]), tuple(pairs)))
+
+
+def step_error(error: Exception) -> HybridK2Error:
+    """What a request that failed in a step is told."""
+    if isinstance(error, HybridK2Error):
+        return error
+    what = f"{type(error).__name__}: {error}"
+    # torch's allocator for the host raises a plain RuntimeError.
+    no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if no_memory or "can't allocate memory" in str(error):
+        failure: HybridK2Error = OutOfMemoryError(
+            f"a step needed more memory than is free: {what}. Try again, send less at a time, or "
+            "give the cache fewer tokens"
+        )
+    else:
+        failure = EngineError(f"the step failed: {what}")
+    failure.__cause__ = error
+    return failure

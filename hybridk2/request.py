@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from hybridk2.errors import HybridK2Error
+from hybridk2.errors import ContextLengthError, HybridK2Error, RequestError
 from hybridk2.kv_cache import PAGE_TOKENS, CacheSequence
 from hybridk2.sampling import GeneratedToken, Sampler
 from hybridk2.scheduler import Priority
@@ -39,6 +40,21 @@ class Task:
     priority: Priority
     prompt_logprobs: int | None
     deadline: float | None
+
+
+def check_prompt(
+    prompt_ids: Sequence[int], vocab_size: int, context_tokens: int, max_tokens: int | None
+) -> None:
+    """Raises RequestError for a prompt that is empty or holds an id outside the vocabulary, and
+    ContextLengthError for one that leaves no room in the context."""
+    if not prompt_ids:
+        raise RequestError("the prompt is empty: expected at least one token")
+    lowest, highest = min(prompt_ids), max(prompt_ids)
+    if lowest < 0 or highest >= vocab_size:
+        wrong = lowest if lowest < 0 else highest
+        raise RequestError(f"token id {wrong} is not in the vocabulary of {vocab_size} tokens")
+    if len(prompt_ids) >= context_tokens:
+        raise ContextLengthError(len(prompt_ids), max_tokens, context_tokens)
 
 
 class Generation:

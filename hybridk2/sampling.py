@@ -57,8 +57,7 @@ class SamplingParams:
             _check_integer("seed", self.seed, -(2**63), 2**64 - 1)
         if self.max_tokens is not None:
             _check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        if self.logprobs is not None:
-            _check_integer("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
+        check_number_of_logprobs("logprobs", self.logprobs)
         if any(not isinstance(text, str) or not text for text in self.stop):
             raise RequestError("stop: expected non-empty strings")
         for token_id, bias in self.logit_bias:
@@ -84,6 +83,12 @@ def _check_real(
 def _check_integer(name: str, value: int, low: int, high: int) -> None:
     if type(value) is not int or not low <= value <= high:
         raise RequestError(f"{name}: expected an integer from {low} to {high}, found {value}")
+
+
+def check_number_of_logprobs(name: str, value: int | None) -> None:
+    """Raises RequestError when more alternatives are asked for than are reported."""
+    if value is not None:
+        _check_integer(name, value, 0, MAX_TOP_LOGPROBS)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("checkpoint", "tokenizer", "sampling", "hardware", "device"),
     ("chat", "placement"),
     ("planner",),
-    ("experts", "kv_cache", "scheduler"),
+    ("experts", "kv_cache", "scheduler", "engine_stats"),
     ("model", "request"),
     ("execution",),
     ("engine", "sessions"),
