@@ -113,12 +113,14 @@ def test_a_position_knows_brackets_names_and_lengths() -> None:
     position = Position()
     for byte in '{"a":["é\\n'.encode():
         position = position.after(byte)
-    assert position == Position(b"{[", in_string=True, length=2)
+    members = (b"", b"", b"a")
+    assert position == Position(b"{[", members, in_string=True, length=2)
     for byte in b'",{"b\\':
         position = position.after(byte)
+    members = (*members, b"a")
     assert position == Position(
-        b"{[{", in_string=True, escaped=True, expects_name=True, name=b"b\\", length=2
+        b"{[{", members, in_string=True, escaped=True, expects_name=True, name=b"b\\", length=2
     )
     for byte in b'"":1}]':
         position = position.after(byte)
-    assert position == Position(b"{")
+    assert position == Position(b"{", (b"", b""))

@@ -22,12 +22,11 @@ from hybridk2.chat.schemas import CompletionHints
 _VALUE_BYTES = b'0123456789"-.tfnrualse+eE[{'
 _DIGITS = frozenset(b"0123456789")
 
-# Costs that order the search. Brackets are cheap against choices: what is required has to be
-# opened, and with dear ones every combination of the choices before it would be tried first.
-_OPEN_BRACKET = 2
-_OPEN_STRING = 1
-_CHOICE = 3  # for each better one there was
-_OPTIONAL_NAME = 8  # a property nobody requires
+# Costs that order the search, against that of an open bracket, which is 1. Brackets are cheap: what
+# is required has to be opened, and with dear ones every combination of the choices before it would
+# be tried first. They are not free: in a recursive schema the way out is a choice at some bracket.
+_CHOICE = 8  # for each better one there was
+_OPTIONAL_NAME = 16  # a property nobody requires
 # Where a name may go on with more bytes than this, it is no declared one.
 _MAX_NAME_BRANCHES = 56
 
@@ -36,38 +35,38 @@ class Position(NamedTuple):
     """Where in a JSON text its next byte stands."""
 
     brackets: bytes = b""  # those still open
+    members: tuple[bytes, ...] = (b"",)  # for the value and each bracket: the property it is under
     in_string: bool = False
     escaped: bool = False  # after a backslash
     expects_name: bool = False  # the next string, or the one at hand, names a property
-    name: bytes = b""  # what is written of it
+    name: bytes = b""  # what is written of it, or the last one
     length: int = 0  # characters of the string at hand
 
     def after(self, byte: int) -> "Position":
         """The position behind one more byte of valid JSON."""
         if self.in_string:
             if byte == ord('"') and not self.escaped:
-                return self._replace(in_string=False, name=b"", length=0)
+                return self._replace(in_string=False, length=0)
             return self._replace(
                 escaped=byte == ord("\\") and not self.escaped,
-                name=self.name + bytes([byte]) if self.expects_name else b"",
+                name=self.name + bytes([byte]) if self.expects_name else self.name,
                 # The second byte of an escape and those that continue a character do not count.
                 length=self.length + (byte & 0xC0 != 0x80 and not self.escaped),
             )
         if byte == ord('"'):
-            return self._replace(in_string=True)
+            return self._replace(in_string=True, name=b"" if self.expects_name else self.name)
         if byte in b"{[":
-            return Position(self.brackets + bytes([byte]), expects_name=byte == ord("{"))
+            # An item is under the property that its array is under.
+            member = self.name if self.brackets.endswith(b"{") else self.members[-1]
+            members = (*self.members, member)
+            return Position(self.brackets + bytes([byte]), members, expects_name=byte == ord("{"))
         if byte in b"}]":
-            return Position(self.brackets[:-1])
+            return Position(self.brackets[:-1], self.members[:-1])
         if byte == ord(","):
             return self._replace(expects_name=self.brackets.endswith(b"{"))
         if byte == ord(":"):
             return self._replace(expects_name=False)
         return self
-
-    @property
-    def cost(self) -> int:
-        return _OPEN_BRACKET * len(self.brackets) + (_OPEN_STRING if self.in_string else 0)
 
 
 @dataclass(order=True, slots=True)
@@ -90,7 +89,10 @@ class CompletionSearch:
     def __init__(self, byte_ids: Sequence[int], hints: CompletionHints) -> None:
         """byte_ids: the token of each single byte. hints: tried, not trusted."""
         self._byte_ids = np.array(byte_ids)
-        self._required = tuple(name.encode() for name in hints.required_names)
+        self._required = {
+            member.encode(): tuple(name.encode() for name in names)
+            for member, names in hints.required_under.items()
+        }
         self._least_lengths = sorted(hints.least_lengths)
         escaped = (json.dumps(text, ensure_ascii=False)[1:-1].encode() for text in hints.examples)
         # Whatever was written, the end of an example may be what is missing.
@@ -103,7 +105,7 @@ class CompletionSearch:
         None when none was found within max_steps continuations.
         """
         order = steps = 0
-        heap = [_Node(position.cost, 0, matcher.deep_copy(), position, b"", 0, b"", 0)]
+        heap = [_Node(0, 0, matcher.deep_copy(), position, b"", 0, b"", 0)]
         while heap and steps < max_steps:
             node = heapq.heappop(heap)
             self._take_forced_bytes(node)
@@ -115,7 +117,7 @@ class CompletionSearch:
                 order -= 1  # the best is pushed last, and comes first among equals
                 child.order = order
                 child.penalty += _CHOICE * rank
-                child.cost = child.position.cost + child.penalty
+                child.cost = len(child.position.brackets) + child.penalty
                 heapq.heappush(heap, child)
         return None
 
@@ -184,7 +186,7 @@ class CompletionSearch:
         """(byte, penalty) to try next, best first."""
         position = node.position
         if position.in_string and position.expects_name and not position.escaped:
-            return self._name_candidates(position.name, allowed)
+            return self._name_candidates(position, allowed)
         if position.in_string:
             return [(byte, 0) for byte in self._string_candidates(node, allowed)]
         for closing in b"}],:":
@@ -193,11 +195,12 @@ class CompletionSearch:
         visible = [byte for byte in _VALUE_BYTES if byte in allowed]
         return [(byte, 0) for byte in visible or allowed]
 
-    def _name_candidates(self, name: bytes, allowed: bytes) -> list[tuple[int, int]]:
+    def _name_candidates(self, position: Position, allowed: bytes) -> list[tuple[int, int]]:
         """Letters of required names first, then the end of the name, then the rest."""
+        name = position.name
         needed = {
             full[len(name)]
-            for full in self._required
+            for full in self._required.get(position.members[-1], ())
             if len(full) > len(name) and full.startswith(name)
         }
         needed.add(ord('"'))

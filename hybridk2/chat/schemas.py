@@ -36,6 +36,9 @@ _HELD_FORMATS: Mapping[str, str] = {
     "uri": "a:b",
 }
 
+# Of one property, looked at for a hint: enough for schemas in use, and a bound for the others.
+_MAX_ALTERNATIVES = 100
+
 # Keywords by what their value holds: one schema, a list of schemas, or schemas by name.
 _ONE_SCHEMA = ("items", "additionalProperties", "propertyNames", "additionalItems")
 _LIST_OF_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
@@ -111,18 +114,21 @@ def subschemas(schema: Any) -> Iterator[dict[str, Any]]:
 class CompletionHints:
     """What helps to complete a value of a schema, wherever in the schema it stands."""
 
-    required_names: frozenset[str]  # names that some object requires
+    # Names that objects require, by the property that the object is, or is an item, under; "" for
+    # the outermost one.
+    required_under: Mapping[str, frozenset[str]]
     least_lengths: frozenset[int]  # characters that some string must have
     examples: frozenset[str]  # a text for every format, and for every pattern of which one is found
 
 
 def completion_hints(schema: Any) -> CompletionHints:
-    names: set[str] = set()
+    required: dict[str, set[str]] = {"": _required_names(schema, schema)}
     lengths: set[int] = set()
     examples: set[str | None] = set()
     for node in subschemas(schema):
-        if isinstance(node.get("required"), list):
-            names.update(name for name in node["required"] if isinstance(name, str))
+        properties = node.get("properties")
+        for name, value in (properties if isinstance(properties, dict) else {}).items():
+            required.setdefault(name, set()).update(_required_names(value, schema))
         if isinstance(node.get("minLength"), int):
             lengths.add(node["minLength"])
         if isinstance(node.get("pattern"), str):
@@ -130,7 +136,41 @@ def completion_hints(schema: Any) -> CompletionHints:
         if isinstance(node.get("format"), str):
             examples.add(_HELD_FORMATS.get(node["format"]))
     texts = frozenset(example for example in examples if example)
-    return CompletionHints(frozenset(names), frozenset(lengths), texts)
+    by_member = {member: frozenset(names) for member, names in required.items()}
+    return CompletionHints(by_member, frozenset(lengths), texts)
+
+
+def _required_names(schema: Any, root: Any) -> set[str]:
+    """What a value of this schema requires if it is an object, or its items if it is a list."""
+    names: set[str] = set()
+    pending, seen = [schema], set[int]()
+    while pending and len(seen) < _MAX_ALTERNATIVES:
+        node = pending.pop()
+        if not isinstance(node, dict) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node.get("required"), list):
+            names.update(name for name in node["required"] if isinstance(name, str))
+        if isinstance(node.get("$ref"), str):
+            pending.append(_resolve(node["$ref"], root))
+        pending.append(node.get("items"))
+        for key in _LIST_OF_SCHEMAS:
+            if isinstance(node.get(key), list):
+                pending.extend(node[key])
+    return names
+
+
+def _resolve(pointer: str, root: Any) -> Any:
+    """What a reference within a schema means; True, any value, for one that leads elsewhere."""
+    node = root
+    if not pointer.startswith("#"):
+        return True
+    for part in pointer[1:].split("/")[1:]:
+        part = part.replace("~1", "/").replace("~0", "~")
+        if not isinstance(node, dict) or part not in node:
+            return True
+        node = node[part]
+    return node
 
 
 class GrowthEstimate:
@@ -196,7 +236,7 @@ class GrowthEstimate:
         # Keywords side by side are an intersection; their sum is at least as long.
         total = 0.0
         if isinstance(node.get("$ref"), str):
-            total += self._value(self._resolve(node["$ref"]))
+            total += self._value(_resolve(node["$ref"], self._root))
         for key in ("anyOf", "oneOf"):
             if isinstance(node.get(key), list) and node[key]:
                 total += min(map(self._value, node[key]))
@@ -267,15 +307,3 @@ class GrowthEstimate:
             yield from map(self._literal, node["enum"])
         if id(node) in self._strings:
             yield self._strings[id(node)]
-
-    def _resolve(self, pointer: str) -> Any:
-        """What a reference within the schema means; True, any value, for one that leads outside."""
-        node: Any = self._root
-        if not pointer.startswith("#"):
-            return True
-        for part in pointer[1:].split("/")[1:]:
-            part = part.replace("~1", "/").replace("~0", "~")
-            if not isinstance(node, dict) or part not in node:
-                return True
-            node = node[part]
-        return node
