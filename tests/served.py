@@ -93,11 +93,12 @@ def serving(
 
 
 @contextmanager
-def serving_nano(**options: Any) -> Iterator[Served]:
-    """Serve K2-nano."""
+def serving_nano(context_tokens: int | None = None, **options: Any) -> Iterator[Served]:
+    """Serve K2-nano. context_tokens: None for all that it can have, 4,096."""
     from hybridk2.assistant import Assistant
     from hybridk2.config import EngineConfig
 
-    choices = EngineConfig(threads=2, max_queued=options.get("capacity", 72))
+    queued = options.get("capacity", 72)
+    choices = EngineConfig(threads=2, max_queued=queued, context_tokens=context_tokens)
     with serving(lambda on_progress: Assistant.load(choices, on_progress), **options) as served:
         yield served

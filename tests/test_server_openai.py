@@ -14,6 +14,7 @@ from tests.scripted_engine import ScriptedEngine, until
 from tests.served import Served, serving, serving_nano
 
 MODEL = "nano"
+CONTEXT = 1024
 ASK: Any = [{"role": "user", "content": "which one is bigger, 9.11 or 9.9?"}]
 WEATHER: Any = [{"role": "user", "content": "What's the weather like in Beijing today?"}]
 TOOLS: Any = [
@@ -46,7 +47,7 @@ TOOLS: Any = [
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    with serving_nano() as served:
+    with serving_nano(context_tokens=CONTEXT) as served:
         yield served
 
 
@@ -131,7 +132,8 @@ def test_streamed_and_whole_answers_are_the_same(
 
 
 def test_usage_counts_what_was_cached_and_what_was_thought(client: openai.OpenAI) -> None:
-    fields = {"messages": [{"role": "user", "content": "1 2 3 4 5 6 7 8 9 " * 20 + "hello"}]}
+    fields = {"messages": [{"role": "system", "content": "1 2 3 4 5 6 7 8 9 " * 20}, *ASK]}
+    fields |= {"max_tokens": 150}
     first = create(client, **fields).usage
     again = create(client, **fields).usage
     assert first.prompt_tokens_details.cached_tokens < again.prompt_tokens_details.cached_tokens
@@ -286,10 +288,10 @@ def test_what_cannot_be_held_is_refused_by_its_field(
 
 
 @pytest.mark.parametrize(
-    ("beyond", "status"), [(-1, 200), (0, 400), (1, 400), (9 * 4096, 400)], ids=str
+    ("beyond", "status"), [(-1, 200), (0, 400), (1, 400), (9 * CONTEXT, 400)], ids=str
 )
 def test_a_prompt_has_to_leave_room_for_one_token(served: Served, beyond: int, status: int) -> None:
-    limit = served.context.assistant.context_tokens
+    limit = CONTEXT
     (one,) = served.context.tokenizer.encode("1")
     before = served.context.assistant.stats().prompt_tokens_total
     prompt = [one] * (limit + beyond)
@@ -310,7 +312,7 @@ def test_models_are_listed_with_their_context_and_others_are_not_found(
 ) -> None:
     (model,) = client.models.list().data
     assert model.id == MODEL
-    assert client.models.retrieve(MODEL).model_dump()["context_length"] == 4096
+    assert client.models.retrieve(MODEL).model_dump()["context_length"] == CONTEXT
     with pytest.raises(openai.NotFoundError) as missing:
         client.models.retrieve("gpt-9")
     assert missing.value.code == "model_not_found"
@@ -387,6 +389,16 @@ def test_echo_scores_every_token_of_the_prompt_and_of_the_answer(
         lists["tokens"][len(ids) :], lists["top_logprobs"][len(ids) :], strict=True
     ):
         assert token == max(top, key=top.get)
+
+
+def test_the_scores_of_a_long_prompt_come_whole(client: openai.OpenAI) -> None:
+    prompt = [5] * (CONTEXT - 10)
+    scored = client.completions.create(
+        model=MODEL, prompt=prompt, max_tokens=0, echo=True, logprobs=20
+    ).choices[0]
+    scores: Any = scored.logprobs
+    assert len(scores.tokens) == len(prompt)
+    assert all(len(top) >= 20 for top in scores.top_logprobs[1:])
 
 
 def test_a_scored_prompt_scores_the_same_as_when_it_was_generated(client: openai.OpenAI) -> None:

@@ -331,10 +331,13 @@ class EngineWorker:
 
 
 def _bytes_of(event: Event) -> int:
-    """About what an event that waits costs: the object, and the texts in it."""
+    """About what an event that waits costs: the object, and the texts in it.
+
+    A scored prompt does not count: it comes once, in one piece, and says nothing of who reads.
+    """
     match event:
-        case PromptScored(tokens):
-            return sum(map(_bytes_of, tokens))
+        case PromptScored():
+            return 0
         case TokenScored():
             return 200 + 150 * len(event.top)
     return 100 + len(getattr(event, "text", ""))
