@@ -191,6 +191,7 @@ def test_a_budget_that_is_not_short_leaves_the_model_free() -> None:
         ({"type": "string", "minLength": 10**9}, "more than"),
         ({"type": "array", "minItems": 10**6}, "more than"),
         ({"type": "string", "default": float("nan")}, "no JSON"),
+        ({"const": "\ud800"}, "no JSON"),
         ({"type": "string", "description": "x" * 200_000}, "at most 100,000"),
     ],
 )  # fmt: skip

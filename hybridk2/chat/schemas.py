@@ -53,6 +53,7 @@ def schema_text(schema: Schema, where: str) -> str:
     """
     try:
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
+        text.encode()  # refuses half a surrogate pair, which no text can hold
         held = json.loads(text)
     except RecursionError as error:
         raise RequestError(f"{where}: nested too deeply to be held; flatten it.") from error
