@@ -36,20 +36,20 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class Bodies:
-    """The bodies that one server holds, together no more than MAX_HELD_BYTES."""
+    """The bodies that one server holds unread, together no more than MAX_HELD_BYTES."""
 
     def __init__(self) -> None:
         self._held_bytes = 0
 
     async def receive(self, scope: Scope, receive: Receive) -> None:
-        """Read the whole body and keep it for `validated_body`, until `release`.
+        """Read the whole body and keep it for `validated_body`, or until `release`.
 
         Raises ApiError beyond the limits. The rest of a body that is refused is read and dropped by
         uvicorn, so that the client, which may still be sending, gets to read the refusal.
         """
         if _content_length(scope) > MAX_BODY_BYTES:
             raise _too_large()
-        body = scope[_BODY] = bytearray()
+        body = scope[_BODY] = _Body(self)
         try:
             async with asyncio.timeout(UPLOAD_SECONDS):
                 while await self._receive_piece(body, receive):
@@ -57,25 +57,45 @@ class Bodies:
         except TimeoutError as error:
             raise ApiError(408, "the body did not come in time", "body_too_slow") from error
 
-    async def _receive_piece(self, body: bytearray, receive: Receive) -> bool:
+    async def _receive_piece(self, body: _Body, receive: Receive) -> bool:
         """Whether more is to come."""
         async with asyncio.timeout(PIECE_SECONDS):
             message = await receive()
         if message["type"] == "http.disconnect":
             raise ApiError(499, "the client has gone")  # nobody reads it; the log does
         piece = message.get("body", b"")
-        if len(body) + len(piece) > MAX_BODY_BYTES:
+        if len(body.content) + len(piece) > MAX_BODY_BYTES:
             raise _too_large()
         if self._held_bytes + len(piece) > MAX_HELD_BYTES:
-            message_text = "too many large requests arrive at once; come again later"
-            raise ApiError(503, message_text, "busy", retry_after_seconds=5)
+            refusal = "too many large requests arrive at once; come again later"
+            raise ApiError(503, refusal, "busy", retry_after_seconds=5)
         self._held_bytes += len(piece)
-        body += piece
+        body.content += piece
         return bool(message.get("more_body", False))
 
-    def release(self, scope: Scope) -> None:
-        """The request has ended."""
-        self._held_bytes -= len(scope.pop(_BODY, b""))
+    def let_go(self, count: int) -> None:
+        """So many bytes are no longer held."""
+        self._held_bytes -= count
+
+    @staticmethod
+    def release(scope: Scope) -> None:
+        """The request has ended, whether its body was read or not."""
+        if _BODY in scope:
+            scope[_BODY].take()
+
+
+class _Body:
+    """One body, until it is taken."""
+
+    def __init__(self, bodies: Bodies) -> None:
+        self.content = bytearray()
+        self._bodies = bodies
+
+    def take(self) -> bytearray:
+        """All of it, no longer held here."""
+        content, self.content = self.content, bytearray()
+        self._bodies.let_go(len(content))
+        return content
 
 
 def described_body(model: type[BaseModel]) -> dict[str, Any]:
@@ -86,7 +106,7 @@ def described_body(model: type[BaseModel]) -> dict[str, Any]:
 
 async def validated_body(request: Request, model: type[Model]) -> Model:
     """The request's JSON body as `model`. Raises ApiError for what is not that."""
-    body: bytearray = request.scope[_BODY]
+    body: bytearray = request.scope[_BODY].take()
     if len(body) < _THREAD_BYTES:
         return parse_body(body, model)
     return await asyncio.to_thread(parse_body, body, model)
