@@ -107,8 +107,8 @@ class Assistant:
         """Queue the continuation of a text or of token ids, without any chat format.
 
         A text never becomes control tokens; ids may be any of the vocabulary. echo_logprobs: how
-        many alternatives to report for each token of the prompt, in one PromptScored before
-        anything else; None for no report. The rest is as for `begin`.
+        many alternatives to report for each token of the prompt, in one PromptScored before the
+        text; None for no report. The rest is as for `begin`.
         """
         generation = self._engine.submit(
             self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt,

@@ -256,7 +256,8 @@ class Engine:
     def cancel(self, generation: Generation) -> None:
         """End a request, finished or not; what it computed stays cached. Never waits.
 
-        During a step of another thread a running request ends with that step, any other at once.
+        During a step of another thread a running request ends with that step, at the latest when
+        the next one begins; any other at once.
         """
         with self._lock:
             if generation.done:
@@ -391,9 +392,11 @@ class Engine:
         prefilled_before, cached_before = generation.prefilled_tokens, generation.cached_tokens
         try:
             self._execution.find_past(generation)
-            if not self._make_room(generation, self._execution.chunk_tokens(generation)):
+            # Of a prompt that is not to be answered the cache may hold all.
+            chunk_tokens = self._execution.chunk_tokens(generation)
+            if not self._make_room(generation, chunk_tokens):
                 return
-            logits = self._execution.read_chunk(generation)
+            logits = self._execution.read_chunk(generation) if chunk_tokens else None
         except Exception as error:
             logger.exception("a step of a prompt failed")
             self._end(generation, step_error(error))

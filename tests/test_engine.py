@@ -116,6 +116,21 @@ def test_after_warming_only_the_last_token_is_read(engine: Engine) -> None:
     assert generation.cached_tokens == len(past)
 
 
+def test_warming_what_is_known_or_nothing_computes_nothing(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    past = prompt(engine, 150, seed=14)
+    engine.warm(past, lambda: False)
+
+    def fail(*args: object) -> None:
+        raise AssertionError("computed")
+
+    monkeypatch.setattr(engine._model, "forward", fail)
+    engine.warm(past, lambda: False)
+    engine.warm([], lambda: False)
+    assert not engine.step()
+
+
 def test_warming_stops_when_told(engine: Engine) -> None:
     past = prompt(engine, 201, seed=13)
     asked = []
