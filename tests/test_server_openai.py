@@ -272,6 +272,8 @@ def test_an_answer_keeps_to_its_schema(client: openai.OpenAI) -> None:
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}},
          "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "tool"}}, "tool_choice"),
+        ({"tools": [{"type": "function", "function": {
+            "name": "f", "parameters": {"type": "nothing"}}}]}, "tools[0].function.parameters"),
         ({"response_format": {"type": "json_schema", "json_schema": {
             "name": "x", "schema": {"type": "nothing"}}}}, "response_format.json_schema.schema"),
     ],

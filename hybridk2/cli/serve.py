@@ -40,7 +40,13 @@ def _refuse_key_on_command_line(
 @click.command("serve")
 @model_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="0 takes any that is free.",
+)
 @click.option("--served-model-name", "names", multiple=True, help="What clients call the model.")
 @click.option(
     "--api-key-file",
@@ -57,8 +63,20 @@ def _refuse_key_on_command_line(
 )
 @click.option("--allow-host", multiple=True, metavar="NAME", help="Host names to answer to.")
 @click.option("--cors-origin", multiple=True, metavar="ORIGIN", help="Web pages that may ask.")
-@click.option("--max-running", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--max-queue", type=click.IntRange(1), default=64, show_default=True)
+@click.option(
+    "--max-running",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Requests that compute side by side.",
+)
+@click.option(
+    "--max-queue",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Requests that may wait beyond those; more are refused.",
+)
 @click.option("--request-timeout", type=click.FloatRange(1), help="Seconds a request may take.")
 @click.option(
     "--drain-seconds",
@@ -68,7 +86,11 @@ def _refuse_key_on_command_line(
     help="What a first SIGTERM or Ctrl-C gives open requests to finish.",
 )
 @click.option(
-    "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="Of the log on standard error.",
 )
 @engine_options
 @click.pass_context

@@ -44,7 +44,7 @@ _ANTHROPIC_TYPES = {
 }
 
 # The field that a message of the chat template or of sampling begins with: `messages[0].role: ...`.
-_FIELD = re.compile(r"((?:[a-z_]+)(?:\[\d+\]|\.[a-z_]+)*): ")
+_FIELD = re.compile(r"((?:[a-z_]+)(?:\[\d+\]|\.[a-z_]+)*)(?: \([\w.-]+\))?: ")
 
 
 class ApiError(Exception):

@@ -34,7 +34,7 @@ Result = TypeVar("Result")
 # What a client that does not read may leave lying here before its request is ended.
 MAX_UNREAD_BYTES = 1 << 20
 
-_PROMPT_THREADS = 2
+_PROMPT_THREADS = 2  # so that a long prompt does not make the short ones behind it wait
 _MEAN_OVER = 16  # replies that the mean of their seconds follows
 
 
