@@ -34,18 +34,24 @@ def run(talk: Talk, engine: ScriptedEngine | None = None, capacity: int = 4) -> 
     return worker
 
 
+async def begin(worker: EngineWorker) -> RemoteReply:
+    (reply,) = await worker.begin_all([start])
+    return reply
+
+
 async def all_of(reply: RemoteReply, seen: list[Any] | None = None) -> list[Any]:
     """Everything that comes, also in `seen` as far as it came before an error."""
     seen = [] if seen is None else seen
-    async for events in reply:
-        seen += events
+    while not reply.finished:
+        await reply.arrived.wait()
+        seen += reply.take()
     return seen
 
 
 def test_a_replys_events_arrive_in_order_and_then_it_ends() -> None:
     async def talk(worker: EngineWorker, engine: ScriptedEngine) -> None:
         engine.scripts.append(words("a", "b"))
-        events = await all_of(await worker.begin(start))
+        events = await all_of(await begin(worker))
         assert events[0] == PromptProgress(5, 5)
         assert events[1:-1] == [TextDelta("a"), TextDelta("b")]
         assert isinstance(events[-1], Finished)
@@ -60,13 +66,13 @@ def test_beyond_its_capacity_the_worker_refuses_at_once_and_a_place_comes_back()
         replies = await worker.begin_all([start] * 4)
         before = time.monotonic()
         with pytest.raises(QueueFullError, match="4 requests"):
-            await worker.begin(start)
+            await begin(worker)
         assert time.monotonic() - before < 0.1
         assert len(engine.replies) == 4
         engine.going.set()
         for reply in replies:
             await all_of(reply)
-        await all_of(await worker.begin(start))
+        await all_of(await begin(worker))
 
     run(talk)
 
@@ -101,7 +107,7 @@ def test_an_error_of_a_reply_comes_after_its_events_and_leaves_others_alone() ->
 def test_a_cancelled_reply_is_cancelled_in_the_engine_within_a_step() -> None:
     async def talk(worker: EngineWorker, engine: ScriptedEngine) -> None:
         engine.scripts.append(ENDLESS)
-        reply = await worker.begin(start)
+        reply = await begin(worker)
         await reply.arrived.wait()
         reply.cancel()
         assert await asyncio.to_thread(until, lambda: engine.replies[0].cancelled, 1)
@@ -114,7 +120,7 @@ def test_a_cancelled_reply_is_cancelled_in_the_engine_within_a_step() -> None:
 def test_a_reply_that_is_not_read_ends_before_it_costs_more_than_its_bound() -> None:
     async def talk(worker: EngineWorker, engine: ScriptedEngine) -> None:
         engine.scripts.append(words(*["x" * 1000] * (MAX_UNREAD_BYTES // 1000 + 100)))
-        reply = await worker.begin(start)
+        reply = await begin(worker)
         assert await asyncio.to_thread(until, lambda: reply.ended, 20)
         with pytest.raises(RequestError, match="does not read"):
             await all_of(reply)
@@ -127,14 +133,14 @@ def test_a_reply_that_is_not_read_ends_before_it_costs_more_than_its_bound() -> 
 def test_when_the_engine_crashes_every_reply_fails_and_no_more_begin() -> None:
     async def talk(worker: EngineWorker, engine: ScriptedEngine) -> None:
         engine.scripts.append(ENDLESS)
-        reply = await worker.begin(start)
+        reply = await begin(worker)
         engine.crash = MemoryError("of the machine")
         with pytest.raises(EngineError, match="thread ended: MemoryError"):
             await asyncio.wait_for(all_of(reply), 5)
         assert not worker.alive
         assert worker.failure is engine.crash
         with pytest.raises(NotReadyError):
-            await worker.begin(start)
+            await begin(worker)
 
     assert run(talk).state == "failed"
 
@@ -149,14 +155,14 @@ def test_a_failing_load_is_kept_and_nothing_begins() -> None:
     assert worker.ready.wait(5)
     assert worker.failure is error
     with pytest.raises(NotReadyError):
-        asyncio.run(worker.begin(start))
+        asyncio.run(begin(worker))
     assert worker.close(5)
 
 
 def test_closing_cuts_replies_off_and_says_so() -> None:
     async def talk(worker: EngineWorker, engine: ScriptedEngine) -> None:
         engine.scripts.append(ENDLESS)
-        reply = await worker.begin(start)
+        reply = await begin(worker)
         await reply.arrived.wait()
         worker.end()
         with pytest.raises(NotReadyError, match="shutting down"):

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
@@ -43,7 +43,7 @@ class NotReadyError(RequestError):
 
 
 class RemoteReply:
-    """One reply, seen from the event loop. Iterating gives its events in lists, as they come."""
+    """One reply, seen from the event loop: wait until something `arrived`, then `take` it."""
 
     def __init__(self, worker: EngineWorker) -> None:
         self._worker = worker
@@ -86,15 +86,6 @@ class RemoteReply:
         if not self.ended:
             self.arrived.clear()
         return events
-
-    async def __aiter__(self) -> AsyncIterator[list[Event]]:
-        while True:
-            await self.arrived.wait()
-            events = self.take()
-            if events:
-                yield events
-            if self.finished:
-                return
 
     def cancel(self) -> None:
         """End the reply, in whatever state it is; nothing more arrives. Harmless when ended."""
@@ -169,17 +160,13 @@ class EngineWorker:
             raise NotReadyError(f"the model cannot answer: it is {self.state}")
         return self._assistant
 
-    async def begin(self, start: Start) -> RemoteReply:
-        """Begin one reply. `start` is called in a thread and returns what `Assistant.begin` does.
+    async def begin_all(self, starts: Sequence[Start]) -> list[RemoteReply]:
+        """Begin several replies, or none of them. Each of `starts` is called in a thread and
+        returns what `Assistant.begin` does.
 
-        Raises what it raises, QueueFullError at once when too many are under way, RequestError for
+        Raises what they raise, QueueFullError at once when too many are under way, RequestError for
         more at once than there are places, NotReadyError.
         """
-        (reply,) = await self.begin_all([start])
-        return reply
-
-    async def begin_all(self, starts: Sequence[Start]) -> list[RemoteReply]:
-        """Begin several replies, or none of them. See `begin`."""
         assistant = self.assistant
         if len(starts) > self.capacity:
             raise RequestError(
