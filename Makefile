@@ -9,11 +9,12 @@ NATIVE  := setup.py CMakeLists.txt $(shell find csrc -name '*.cc' -o -name '*.h'
 CXX_ALL := $(shell find csrc tests bench -name '*.cc' -o -name '*.h' -o -name '*.cpp' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat test soak lint format bench bench-peers sanitize clean
+.PHONY: help demo chat serve test soak lint format bench bench-peers sanitize clean
 
 help:
 	@echo "make demo      build, then watch the embedded model compare 9.11 with 9.9"
 	@echo "make chat      build, then talk to the embedded model"
+	@echo "make serve     build, then serve it over HTTP, with a chat page"
 	@echo "make test      the quick suite          make soak      the long one"
 	@echo "make lint      ruff, mypy, clang-format make format    rewrite what lint would refuse"
 	@echo "make bench     the expert kernels against this machine's own roof"
@@ -26,6 +27,9 @@ demo: $(VENV)/.built
 
 chat: $(VENV)/.built
 	@$(BIN)/hybridk2 chat
+
+serve: $(VENV)/.built
+	@$(BIN)/hybridk2 serve
 
 test: $(VENV)/.built $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m "not soak"

@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
-from hybridk2.chat.events import Event, PromptProgress, Usage
-from hybridk2.chat.generation import stream
-from hybridk2.chat.parser import EndReason, OutputParser
+from hybridk2.chat.events import Event, PromptProgress, PromptScored, TokenScored, Usage
+from hybridk2.chat.generation import PlainTextParser, ReplyStream
+from hybridk2.chat.parser import OutputParser
 from hybridk2.chat.template import count_tool_calls, render
 from hybridk2.checkpoint import LoadProgress, locate_model
 from hybridk2.config import EngineConfig, K2Config
-from hybridk2.engine import Engine, Generation
+from hybridk2.engine import Engine, EngineStats
 from hybridk2.errors import CheckpointError
-from hybridk2.sampling import SamplingParams
+from hybridk2.request import Generation
+from hybridk2.sampling import GeneratedToken, SamplingParams, TokenConstraint
+from hybridk2.scheduler import Priority
 from hybridk2.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -63,6 +65,77 @@ class Assistant:
     def count_tokens(self, text: str) -> int:
         return len(self.tokenizer.encode(text))
 
+    def begin(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None = None,
+        params: SamplingParams | None = None,
+        *,
+        constraint: TokenConstraint | None = None,
+        priority: Priority = "interactive",
+        deadline_seconds: float | None = None,
+    ) -> ReplyInProgress:
+        """Queue an answer to a conversation; it advances with `step`.
+
+        messages, tools: OpenAI-style. params: None for the defaults. constraint: what the reply is
+        held to. deadline_seconds: from now to the end of the reply. Any thread may call it. Raises
+        ChatError for messages that cannot be rendered, ContextLengthError for a prompt beyond the
+        context, QueueFullError when too many wait.
+        """
+        params = params or SamplingParams()
+        generation = self._engine.submit(
+            render(messages, tools, self.tokenizer),
+            params,
+            self._stop_ids,
+            self.tokenizer.unmapped_ids,
+            constraint=constraint,
+            priority=priority,
+            deadline_seconds=deadline_seconds,
+        )
+        parser = OutputParser(self.tokenizer, count_tool_calls(messages), tools)
+        return ReplyInProgress(self._engine, generation, parser, params, self.tokenizer)
+
+    def begin_completion(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        *,
+        echo_logprobs: int | None = None,
+        priority: Priority = "interactive",
+        deadline_seconds: float | None = None,
+    ) -> ReplyInProgress:
+        """Queue the continuation of a text or of token ids, without any chat format.
+
+        A text never becomes control tokens; ids may be any of the vocabulary. echo_logprobs: how
+        many alternatives to report for each token of the prompt, in one PromptScored before the
+        text; None for no report. The rest is as for `begin`.
+        """
+        generation = self._engine.submit(
+            self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt,
+            params,
+            self._stop_ids,
+            self.tokenizer.unmapped_ids,
+            priority=priority,
+            deadline_seconds=deadline_seconds,
+            prompt_logprobs=echo_logprobs,
+        )
+        parser = PlainTextParser(self.tokenizer)
+        return ReplyInProgress(self._engine, generation, parser, params, self.tokenizer)
+
+    def step(self) -> bool:
+        """Advance every reply in progress. Returns whether there is more to do."""
+        return self._engine.step()
+
+    def stats(self) -> EngineStats:
+        """What runs, waits and was done so far. Any thread may call it, also during a step."""
+        return self._engine.stats()
+
+    def count_prompt_tokens(
+        self, messages: Sequence[Message], tools: Sequence[Tool] | None = None
+    ) -> int:
+        """Tokens of the prompt that `begin` would make of this conversation."""
+        return len(render(messages, tools, self.tokenizer))
+
     def reply(
         self,
         messages: Sequence[Message],
@@ -71,33 +144,18 @@ class Assistant:
     ) -> Generator[Event, None, None]:
         """Answer a conversation. Closing the iterator ends the reply; the last event is Finished.
 
-        messages, tools: OpenAI-style. params: None for the defaults. Raises ChatError for messages
-        that cannot be rendered, RequestError for a prompt beyond the context, EngineError when a
-        step fails.
+        The same as `begin`, for who has one conversation at a time. Raises what `begin` raises, and
+        EngineError when a step fails.
         """
-        params = params or SamplingParams()
-        prompt_ids = render(messages, tools, self.tokenizer)
-        parser = OutputParser(self.tokenizer, count_tool_calls(messages), tools)
-        generation = self._engine.submit(
-            prompt_ids, params, self._stop_ids, self.tokenizer.unmapped_ids
-        )
-
-        def end_reason() -> EndReason:
-            assert generation.finish_reason is not None, "the tokens ran out without a reason"
-            return generation.finish_reason
-
+        reply = self.begin(messages, tools, params)
         try:
-            for read_tokens in self._engine.prefill(generation):
-                yield PromptProgress(read_tokens, len(prompt_ids))
-            yield from stream(
-                (token.id for token in self._engine.tokens(generation)),
-                parser,
-                params.stop,
-                end_reason=end_reason,
-                usage=lambda: self._usage(generation, parser),
-            )
+            while not reply.done:
+                events = reply.poll()
+                if not events:
+                    self.step()
+                yield from events
         finally:
-            self._engine.cancel(generation)
+            reply.cancel()
 
     def warm(
         self,
@@ -116,15 +174,91 @@ class Assistant:
     def close(self) -> None:
         self._engine.close()
 
-    def _usage(self, generation: Generation, parser: OutputParser) -> Usage:
-        prompt_tokens = len(generation.prompt_ids)
+
+class ReplyInProgress:
+    """One reply on its way. Nothing here waits for the model; one thread at a time may use it."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        generation: Generation,
+        parser: OutputParser | PlainTextParser,
+        params: SamplingParams,
+        tokenizer: Tokenizer,
+    ) -> None:
+        self._engine = engine
+        self._generation = generation
+        self._parser = parser
+        self._stream = ReplyStream(parser, params.stop)
+        self._tokenizer = tokenizer
+        self._read_tokens = 0
+        self._reports_prompt = generation.task.prompt_logprobs is not None
+        self.done = False  # no event will come any more
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self._generation.prompt_ids)
+
+    @property
+    def queue_position(self) -> int | None:
+        """How many requests will start before this one; None once it has started, or ended."""
+        return self._generation.queue_position
+
+    def cancel(self) -> None:
+        """End the reply, finished or not; `poll` then gives what had come, and Finished."""
+        self._engine.cancel(self._generation)
+
+    def poll(self) -> list[Event]:
+        """What came since the last call, nothing once `done`. The last event is Finished.
+
+        Raises the reply's error, once, after all that came before it.
+        """
+        if self.done:
+            return []
+        ended = self._generation.done  # asked first: what came before the end is then all there
+        events = self._prompt_events()
+        while not self._stream.ended and (token := self._engine.take(self._generation)):
+            score = None if token.logprob is None else self._scored(token)
+            events += self._stream.push(token.id, score)
+        if self._stream.ended:
+            self.cancel()
+        elif not ended:
+            return events
+        elif self._generation.error is not None:
+            if not events:
+                self.done = True
+                raise self._generation.error
+            return events
+        self.done = True
+        reason = self._generation.finish_reason or "stop"
+        return events + self._stream.finish(reason, self._usage())
+
+    def _prompt_events(self) -> list[Event]:
+        events: list[Event] = []
+        read_tokens = self._generation.prefilled_tokens
+        if read_tokens > self._read_tokens:
+            self._read_tokens = read_tokens
+            events.append(PromptProgress(read_tokens, self.prompt_tokens))
+        if self._reports_prompt and len(self._generation.prompt_scores) == self.prompt_tokens:
+            self._reports_prompt = False
+            scores = (self._scored(token) for token in self._generation.prompt_scores)
+            events.append(PromptScored(tuple(scores)))
+        return events
+
+    def _scored(self, token: GeneratedToken) -> TokenScored:
+        text = self._tokenizer.token_bytes
+        top = tuple((token_id, text(token_id), p) for token_id, p in token.top_logprobs)
+        return TokenScored(token.id, text(token.id), token.logprob, top)
+
+    def _usage(self) -> Usage:
+        generation = self._generation
         return Usage(
-            prompt_tokens=prompt_tokens,
+            prompt_tokens=self.prompt_tokens,
             cached_tokens=generation.cached_tokens,
             completion_tokens=generation.completion_tokens,
-            reasoning_tokens=parser.reasoning_tokens,
+            reasoning_tokens=self._parser.reasoning_tokens,
             prefill_seconds=generation.prefill_seconds,
             decode_seconds=generation.decode_seconds,
-            context_tokens=prompt_tokens + generation.completion_tokens,
-            context_limit=self.context_tokens,
+            context_tokens=self.prompt_tokens + generation.completion_tokens,
+            context_limit=self._engine.context_tokens,
         )

@@ -373,6 +373,8 @@ class EngineConfig:
     kv_cache_tokens: int | None = None
     prefill_chunk_tokens: int = 512
     huge_pages: bool = True
+    max_running: int = 8  # requests that compute side by side
+    max_queued: int = 64  # requests that may wait beyond those
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(DtypeName):
@@ -381,7 +383,10 @@ class EngineConfig:
             raise ConfigError(
                 f"device: expected one of {get_args(DeviceName)}, found {self.device!r}"
             )
-        for name in ("threads", "context_tokens", "kv_cache_tokens", "prefill_chunk_tokens"):
+        for name in (
+            *("threads", "context_tokens", "kv_cache_tokens", "prefill_chunk_tokens"),
+            *("max_running", "max_queued"),
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}: expected at least 1, found {value}")

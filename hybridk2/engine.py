@@ -1,9 +1,12 @@
 """The engine: requests in, tokens out.
 
-Owns the loaded model, the latent cache and the running requests. It speaks token ids only: text,
-messages and stop strings live above it. Each step gives every running request one unit of work, a
-chunk of its prompt or one new token, computed on its own: what else is running never changes the
-numbers of a request, only their pace.
+Owns the loaded model, the latent cache and the life of every request: admission, steps, errors, the
+end. It speaks token ids only: text, messages and stop strings live above it. Whose turn it is, the
+scheduler says; what runs on the model, execution.
+
+A step gives one token to every request that decodes, all of them together, and reads one chunk of
+one prompt: a stream waits for one chunk at most. What else is running never changes the numbers of
+a request that names a seed, only their pace; one without a seed may round differently in company.
 """
 
 from __future__ import annotations
@@ -12,72 +15,43 @@ import logging
 import secrets
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
 
 import psutil
 import torch
 
 from hybridk2.checkpoint import Checkpoint, locate_model
 from hybridk2.config import EngineConfig, K2Config
-from hybridk2.device import Device, select_device
-from hybridk2.errors import ConfigError, EngineError, HybridK2Error, RequestError
+from hybridk2.device import select_device
+from hybridk2.engine_stats import EngineStats, Totals
+from hybridk2.errors import (
+    ConfigError,
+    DeadlineError,
+    EngineError,
+    HybridK2Error,
+)
+from hybridk2.execution import Execution, step_error
 from hybridk2.experts.host import HostExperts, reserved_page_bytes, usable_cores
 from hybridk2.experts.loading import LoadProgress, check_memory, load_experts
-from hybridk2.experts.router import AsyncRouter
-from hybridk2.kv_cache import PAGE_TOKENS, CacheSequence, PagedLatentCache
-from hybridk2.model.k2 import DecoderLayer, K2Model
-from hybridk2.sampling import GeneratedToken, Sampler, SamplingParams
+from hybridk2.kv_cache import PAGE_TOKENS, PagedLatentCache
+from hybridk2.model.k2 import K2Model
+from hybridk2.model.layers import DECODE_ROWS
+from hybridk2.model.loading import dense_bytes, dense_threads, load_model
+from hybridk2.request import FinishReason, Generation, Task, check_prompt
+from hybridk2.sampling import (
+    GeneratedToken,
+    Sampler,
+    SamplingParams,
+    TokenConstraint,
+    check_number_of_logprobs,
+)
+from hybridk2.scheduler import Priority, Scheduler
 
 logger = logging.getLogger(__name__)
 
 # Where the user sets no context: as much as a long conversation needs, 2.3 GB of cache for K2. The
 # model's own limit of 262,144 tokens would be 18 GB.
 _DEFAULT_CONTEXT_TOKENS = 32_768
-
-# Dense bytes per layer from which more than one thread shares an operator.
-_SHARED_LAYER_BYTES = 4 << 20
-
-FinishReason = Literal["stop", "length", "cancelled"]
-
-
-class Generation:
-    """One request on its way: what it asked for, what it has got, and how long that took."""
-
-    def __init__(
-        self,
-        prompt_ids: tuple[int, ...],
-        params: SamplingParams,
-        stop_ids: frozenset[int],
-        max_tokens: int,
-        sampler: Sampler,
-    ) -> None:
-        self.prompt_ids = prompt_ids
-        self.stop_ids = stop_ids
-        self.max_tokens = max_tokens
-        # A request that names a seed is to repeat itself bit for bit.
-        self.repeatable = params.seed is not None
-        self.finish_reason: FinishReason | None = None
-        self.error: HybridK2Error | None = None
-        self.cached_tokens = 0
-        self.prefilled_tokens = 0  # of the prompt, reused ones included
-        self.completion_tokens = 0
-        self.prefill_seconds = 0.0
-        self.decode_seconds = 0.0
-        self._sampler = sampler
-        self._sequence: CacheSequence | None = None
-        self._next_id: int | None = None  # sampled, not yet run through the model
-        self._output: deque[GeneratedToken] = deque()
-
-    @property
-    def limit_tokens(self) -> int:
-        """Tokens of the cache that the request can come to hold."""
-        return -(-(len(self.prompt_ids) + self.max_tokens) // PAGE_TOKENS) * PAGE_TOKENS
-
-    @property
-    def done(self) -> bool:
-        return self.finish_reason is not None or self.error is not None
 
 
 class Engine:
@@ -90,15 +64,21 @@ class Engine:
         cache: PagedLatentCache,
         eos_token_ids: Sequence[int],
         context_tokens: int,
+        max_running: int,
+        max_queued: int,
     ) -> None:
+        """context_tokens: no more than the cache holds are of use."""
         self.config: K2Config = model.config
-        self.context_tokens = context_tokens
+        self.context_tokens = min(context_tokens, cache.capacity_tokens)
         self.eos_token_ids = tuple(eos_token_ids)
         self._model = model
         self.experts = experts
         self._cache = cache
-        self._waiting: deque[Generation] = deque()
-        self._running: list[Generation] = []
+        self._execution = Execution(model, cache)
+        self._scheduler: Scheduler[Generation] = Scheduler(max_running, max_queued)
+        self._totals = Totals()
+        self._stepping = threading.Lock()  # held for as long as a step takes
+        # Held for moments: who runs and waits, and the end of requests. Taken after _stepping.
         self._lock = threading.RLock()
 
     @classmethod
@@ -132,11 +112,11 @@ class Engine:
         check_memory(
             checkpoint,
             available_bytes,
-            dense_bytes=_dense_bytes(checkpoint, dtype),
+            dense_bytes=dense_bytes(checkpoint, dtype),
             cache_bytes=PagedLatentCache.bytes_for(config, cache_tokens, dtype),
         )
         threads = choices.threads or usable_cores()
-        torch.set_num_threads(_dense_threads(checkpoint, threads))
+        torch.set_num_threads(dense_threads(checkpoint, threads))
         experts = HostExperts(
             config.num_moe_layers,
             config.n_routed_experts,
@@ -162,7 +142,15 @@ class Engine:
             context_tokens,
             cache.capacity_tokens,
         )
-        return cls(model, experts, cache, checkpoint.eos_token_ids, context_tokens)
+        return cls(
+            model,
+            experts,
+            cache,
+            checkpoint.eos_token_ids,
+            context_tokens,
+            choices.max_running,
+            choices.max_queued,
+        )
 
     def submit(
         self,
@@ -170,51 +158,44 @@ class Engine:
         params: SamplingParams,
         stop_ids: Sequence[int] | None = None,
         forbidden_ids: Sequence[int] = (),
+        *,
+        constraint: TokenConstraint | None = None,
+        priority: Priority = "interactive",
+        deadline_seconds: float | None = None,
+        prompt_logprobs: int | None = None,
     ) -> Generation:
-        """Queue a request. It advances with `step`, or by reading it with `tokens`.
+        """Queue a request. It advances with `step`, or by reading it with `tokens`. Never waits.
 
         stop_ids: end the output and are not part of it; None takes the checkpoint's end tokens.
-        forbidden_ids: never sampled. Raises RequestError when the prompt is empty, holds an id
-        outside the vocabulary, or leaves no room in the context.
+        forbidden_ids: never sampled. constraint: what the output is held to. deadline_seconds: from
+        now to the end. prompt_logprobs: how many alternatives to report for each token of the
+        prompt; the prompt is then computed whole, whatever is cached of it.
+
+        Raises RequestError when the prompt is empty or holds an id outside the vocabulary,
+        ContextLengthError when it leaves no room in the context, QueueFullError.
         """
         prompt = tuple(prompt_ids)
-        if not prompt:
-            raise RequestError("the prompt is empty: expected at least one token")
         vocab_size = self.config.vocab_size
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            wrong = min(prompt) if min(prompt) < 0 else max(prompt)
-            raise RequestError(f"token id {wrong} is not in the vocabulary of {vocab_size} tokens")
+        check_prompt(prompt, vocab_size, self.context_tokens, params.max_tokens)
+        check_number_of_logprobs("prompt_logprobs", prompt_logprobs)
         room = self.context_tokens - len(prompt)
-        if room < 1:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens and the context holds {self.context_tokens}, "
-                "with one at least for the answer. Shorten the conversation or raise the context"
-            )
-        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        task = Task(
+            prompt_ids=prompt,
+            stop_ids=frozenset(self.eos_token_ids if stop_ids is None else stop_ids),
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            repeatable=params.seed is not None,
+            priority=priority,
+            prompt_logprobs=prompt_logprobs,
+            deadline=None if deadline_seconds is None else time.monotonic() + deadline_seconds,
+        )
         seed = secrets.randbits(64) if params.seed is None else params.seed
-        stops = frozenset(self.eos_token_ids if stop_ids is None else stop_ids)
-        sampler = Sampler(params, seed, prompt, vocab_size, forbidden_ids)
-        generation = Generation(prompt, params, stops, max_tokens, sampler)
-        if generation.limit_tokens > self._cache.capacity_tokens:
-            raise RequestError(
-                f"prompt and answer may need {generation.limit_tokens} tokens of cache, and it "
-                f"holds {self._cache.capacity_tokens}. Lower max_tokens or enlarge the cache"
-            )
+        sampler = Sampler(params, seed, prompt, vocab_size, forbidden_ids, constraint)
+        return self._queue(Generation(task, sampler))
+
+    def _queue(self, generation: Generation) -> Generation:
         with self._lock:
-            self._waiting.append(generation)
+            self._scheduler.submit(generation)
         return generation
-
-    def prefill(self, generation: Generation) -> Iterator[int]:
-        """Read the request's prompt; after each chunk, how many of its tokens are read.
-
-        Optional: `tokens` reads the prompt as well. For who wants to show progress, or to stop in
-        between with `cancel`. An error of the request is left to `tokens`.
-        """
-        while generation.prefilled_tokens < len(generation.prompt_ids) and not generation.done:
-            prefilled = generation.prefilled_tokens
-            self.step()
-            if generation.prefilled_tokens > prefilled:
-                yield generation.prefilled_tokens
 
     def tokens(self, generation: Generation) -> Iterator[GeneratedToken]:
         """The request's tokens as they come. Closing the iterator cancels the request.
@@ -223,17 +204,23 @@ class Engine:
         """
         try:
             while True:
-                while not generation._output and not generation.done:
+                while not generation.output and not generation.done:
                     self.step()
-                with self._lock:
-                    if not generation._output:
-                        break
-                    token = generation._output.popleft()
+                token = self.take(generation)
+                if token is None:
+                    break
                 yield token
             if generation.error is not None:
                 raise generation.error
         finally:
             self.cancel(generation)
+
+    def take(self, generation: Generation) -> GeneratedToken | None:
+        """The request's next token if it is there. Never waits."""
+        try:
+            return generation.output.popleft()
+        except IndexError:
+            return None
 
     def generate(
         self,
@@ -246,135 +233,242 @@ class Engine:
         yield from self.tokens(self.submit(prompt_ids, params, stop_ids, forbidden_ids))
 
     def warm(self, token_ids: Sequence[int], should_stop: Callable[[], bool]) -> None:
-        """Compute and cache a prefix that a later request will start with.
+        """Compute and cache a prefix that a later request will start with, behind all others.
 
-        should_stop: asked between chunks. Does nothing when other requests fill the cache.
+        should_stop: asked between chunks. Raises QueueFullError.
         """
-        ids = list(token_ids[: self.context_tokens - 1])
-        with self._lock:
-            if self._promised_tokens() + len(ids) + PAGE_TOKENS > self._cache.capacity_tokens:
-                return
-            # One id more than is wanted, as the last one is never taken from the cache.
-            sequence = self._cache.open([*ids, 0], repeatable=False)
+        task = Task(
+            prompt_ids=tuple(token_ids[: self.context_tokens - 1]),
+            stop_ids=frozenset(),
+            max_tokens=0,
+            repeatable=False,
+            priority="background",
+            prompt_logprobs=None,
+            deadline=None,
+        )
+        sampler = Sampler(SamplingParams(), 0, (), self.config.vocab_size)
+        generation = self._queue(Generation(task, sampler))
         try:
-            while sequence.length < len(ids) and not should_stop():
-                with self._lock:
-                    self._run_chunk(sequence, ids)
+            while not generation.done and not should_stop():
+                self.step()
+            if generation.error is not None:
+                raise generation.error
         finally:
-            with self._lock:
-                sequence.close()
+            self.cancel(generation)
 
     def cancel(self, generation: Generation) -> None:
-        """End a request, finished or not; what it computed stays cached."""
+        """End a request, finished or not; what it computed stays cached. Never waits.
+
+        During a step of another thread a running request ends with that step, at the latest when
+        the next one begins; any other at once.
+        """
         with self._lock:
-            self._end(generation, "cancelled")
+            if generation.done:
+                return
+            generation.cancelled = True
+            if generation.sequence is None and generation.queue_position is not None:
+                self._end(generation, "cancelled")
+                return
+        if self._stepping.acquire(blocking=False):
+            try:
+                self._end_overdue()
+            finally:
+                self._stepping.release()
 
     def step(self) -> bool:
-        """Give every running request one unit of work. Returns whether there was any."""
+        """One token for every request that decodes, one chunk for one that reads its prompt.
+
+        Returns whether there is more to do.
+        """
+        with self._stepping:
+            started = time.perf_counter()
+            self._end_overdue()
+            self._start_waiting()
+            decoding = self._scheduler.decoding()
+            for first in range(0, len(decoding), DECODE_ROWS):
+                self._decode(decoding[first : first + DECODE_ROWS])
+            reading = self._scheduler.next_to_read()
+            if reading is not None:
+                self._read(reading)
+            self._end_overdue()
+            if decoding or reading is not None:
+                self._totals.steps += 1
+                self._totals.step_seconds += time.perf_counter() - started
+            with self._lock:
+                return any(True for _ in self._scheduler.requests())
+
+    def stats(self) -> EngineStats:
+        """See EngineStats. Any thread may call it; it never waits for a step."""
+        config = self.config
+        num_experts = config.num_moe_layers * config.n_routed_experts
+        expert_bytes = self.experts.weight_bytes // max(num_experts, 1)
         with self._lock:
-            while self._waiting and (
-                self._promised_tokens() + self._waiting[0].limit_tokens
-                <= self._cache.capacity_tokens
-            ):
-                self._running.append(self._waiting.popleft())
-            for generation in list(self._running):
-                self._advance(generation)
-            return bool(self._running or self._waiting)
+            scheduler, totals = self._scheduler, self._totals
+            return EngineStats(
+                running=len(scheduler.running),
+                waiting_interactive=scheduler.waiting("interactive"),
+                waiting_background=scheduler.waiting("background"),
+                max_running=scheduler.max_running,
+                max_queued=scheduler.max_queued,
+                cache_tokens_used=self._cache.capacity_tokens - self._cache.available_tokens,
+                cache_tokens_capacity=self._cache.capacity_tokens,
+                prompt_tokens_total=totals.prompt_tokens,
+                cached_tokens_total=totals.cached_tokens,
+                completion_tokens_total=totals.completion_tokens,
+                requests_total=dict(totals.requests),
+                steps_total=totals.steps,
+                step_seconds_total=totals.step_seconds,
+                expert_bytes_total=self._model.experts_read * expert_bytes,
+                host_expert_share=1.0,
+            )
 
     def close(self) -> None:
-        """End all requests and free the experts' memory and threads."""
-        with self._lock:
-            for generation in [*self._running, *self._waiting]:
-                self._end(generation, "cancelled")
+        """End all requests and free the experts' memory and threads. Waits for a step under way."""
+        with self._stepping:
+            with self._lock:
+                for generation in list(self._scheduler.requests()):
+                    self._end(generation, "cancelled")
             self.experts.close()
 
-    def _promised_tokens(self) -> int:
-        return sum(generation.limit_tokens for generation in self._running)
+    def _start_waiting(self) -> None:
+        with self._lock:
+            while (candidate := self._scheduler.candidate()) is not None and self._fits(candidate):
+                self._scheduler.start(candidate)
 
-    def _advance(self, generation: Generation) -> None:
+    def _fits(self, candidate: Generation) -> bool:
+        """Whether the cache has the pages that it and all running requests are promised.
+
+        Alone a request always fits: no context is longer than the cache.
+        """
+        running = self._scheduler.running
+        promised = sum(self._missing_tokens(generation) for generation in [*running, candidate])
+        return not running or promised <= self._cache.available_tokens
+
+    def _missing_tokens(self, generation: Generation) -> int:
+        """Tokens of whole pages that a request is promised and does not hold."""
+        promised = -(-generation.promised_tokens // PAGE_TOKENS) * PAGE_TOKENS
+        if generation.sequence is not None:
+            return max(promised - generation.sequence.held_tokens, 0)
+        if generation.scores_prompt:
+            return promised
+        repeatable = generation.task.repeatable
+        return promised - self._cache.shared_tokens(generation.read_ids, repeatable=repeatable)
+
+    def _end_overdue(self) -> None:
+        """End what was cancelled, or is not finished when it should be."""
+        with self._lock:
+            for generation in list(self._scheduler.requests()):
+                if generation.cancelled:
+                    self._end(generation, "cancelled")
+                elif generation.is_late():
+                    message = "the request was not finished in the time that it was given"
+                    self._end(generation, DeadlineError(message))
+
+    def _decode(self, generations: list[Generation]) -> None:
+        """One token further for up to DECODE_ROWS requests at once."""
+        started = time.perf_counter()
+        ready = [generation for generation in generations if self._make_room(generation, 1)]
+        # Making room for one may have taken the pages of another.
+        ready = [generation for generation in ready if generation.sequence is not None]
+        if not ready:
+            return
         try:
-            if generation._next_id is None:
-                self._prefill(generation)
-            else:
-                self._decode(generation)
-        except HybridK2Error as error:
-            self._end(generation, error)
+            logits = self._execution.decode(ready)
         except Exception as error:
-            logger.exception("a step failed; its request ends")
-            failure = EngineError(f"the step failed: {type(error).__name__}: {error}")
-            failure.__cause__ = error
-            self._end(generation, failure)
+            logger.exception("a step of %d requests failed", len(ready))
+            if len(ready) == 1:
+                self._end(ready[0], step_error(error))
+                return
+            # One request's trouble is not the others': each on its own.
+            for generation in ready:
+                self._decode([generation])
+            return
+        seconds = time.perf_counter() - started
+        for row, generation in enumerate(ready):
+            generation.decode_seconds += seconds
+            if not generation.pending_ids:
+                self._sample(generation, logits[row])
 
-    @torch.inference_mode()
-    def _prefill(self, generation: Generation) -> None:
+    def _read(self, generation: Generation) -> None:
+        """Read one chunk of a prompt, and sample the first token once all of it is read."""
         started = time.perf_counter()
-        if generation._sequence is None:
-            generation._sequence = self._cache.open(
-                generation.prompt_ids, repeatable=generation.repeatable
-            )
-            generation.cached_tokens = generation._sequence.length
-        sequence = generation._sequence
-        hidden = self._run_chunk(sequence, generation.prompt_ids)
-        generation.prefilled_tokens = sequence.length
-        if sequence.length == len(generation.prompt_ids):
-            self._sample(generation, hidden[-1:])
+        prefilled_before, cached_before = generation.prefilled_tokens, generation.cached_tokens
+        try:
+            self._execution.find_past(generation)
+            # Of a prompt that is not to be answered the cache may hold all.
+            chunk_tokens = self._execution.chunk_tokens(generation)
+            if not self._make_room(generation, chunk_tokens):
+                return
+            logits = self._execution.read_chunk(generation) if chunk_tokens else None
+        except Exception as error:
+            logger.exception("a step of a prompt failed")
+            self._end(generation, step_error(error))
+            return
         generation.prefill_seconds += time.perf_counter() - started
+        self._totals.prompt_tokens += generation.prefilled_tokens - prefilled_before
+        self._totals.cached_tokens += generation.cached_tokens - cached_before
+        if logits is not None:
+            self._sample(generation, logits)
+        elif not generation.reading and generation.task.max_tokens == 0:
+            self._end(generation, "stop")
 
-    @torch.inference_mode()
-    def _run_chunk(self, sequence: CacheSequence, token_ids: Sequence[int]) -> torch.Tensor:
-        """Run the tokens up to the next multiple of the chunk, so that chunks are the same ones
-        wherever a prompt was taken up."""
-        start = sequence.length
-        chunk = self._cache.chunk_tokens
-        end = min(start - start % chunk + chunk, len(token_ids))
-        sequence.reserve(end - start)
-        ids = torch.tensor(token_ids[start:end], dtype=torch.int64)
-        return self._model.forward(ids, torch.arange(start, end), sequence)
+    def _make_room(self, generation: Generation, tokens: int) -> bool:
+        """Room for so many more tokens of a running request. False: it had to give up its own.
 
-    @torch.inference_mode()
-    def _decode(self, generation: Generation) -> None:
-        started = time.perf_counter()
-        sequence = generation._sequence
-        assert sequence is not None
-        assert generation._next_id is not None
-        sequence.reserve(1)
-        position = torch.tensor([sequence.length])
-        hidden = self._model.forward(torch.tensor([generation._next_id]), position, sequence)
-        self._sample(generation, hidden)
-        generation.decode_seconds += time.perf_counter() - started
+        Where the cache is full, the youngest requests give up their pages until there is room.
+        """
+        sequence = generation.sequence
+        if sequence is None:
+            return False
+        needed = sequence.length + tokens - sequence.held_tokens
+        while needed > self._cache.available_tokens:
+            with self._lock:
+                victim = self._scheduler.youngest(lambda other: other.sequence is not None)
+                logger.info("the cache is full: request %d begins again later", victim.number)
+                victim.give_up_pages()
+                self._scheduler.preempt(victim)
+            if victim is generation:
+                return False
+        sequence.reserve(tokens)
+        return True
 
-    def _sample(self, generation: Generation, hidden: torch.Tensor) -> None:
-        sequence = generation._sequence
-        assert sequence is not None
-        logits = self._model.logits(hidden)[0].cpu()
-        if not bool(logits.isfinite().all()):
-            raise EngineError(
-                f"the logits after token {sequence.length} are not finite: a weight of the "
-                "checkpoint is damaged, or an activation overflowed. `hybridk2 verify` names it"
-            )
-        token = generation._sampler.sample(logits, sequence.length)
-        if token.id in generation.stop_ids:
+    def _sample(self, generation: Generation, logits: torch.Tensor) -> None:
+        assert generation.sequence is not None
+        position = generation.sequence.length
+        try:
+            if not bool(logits.isfinite().all()):
+                raise EngineError(
+                    f"the logits after token {position} are not finite: a weight of the checkpoint "
+                    "is damaged, or an activation overflowed. `hybridk2 verify` names it"
+                )
+            token = generation.sampler.sample(logits, position)
+        except Exception as error:
+            logger.exception("no token could be sampled")
+            self._end(generation, step_error(error))
+            return
+        if token.id in generation.task.stop_ids:
             self._end(generation, "stop")
             return
-        generation.completion_tokens += 1
-        generation._next_id = token.id
-        generation._output.append(token)
-        if generation.completion_tokens == generation.max_tokens:
+        generation.sampled_ids.append(token.id)
+        generation.pending_ids.append(token.id)
+        generation.output.append(token)
+        self._totals.completion_tokens += 1
+        if generation.completion_tokens == generation.task.max_tokens:
             self._end(generation, "length")
 
     def _end(self, generation: Generation, how: FinishReason | HybridK2Error) -> None:
-        if generation._sequence is not None:
-            generation._sequence.close()
-        if generation in self._running:
-            self._running.remove(generation)
-        elif generation in self._waiting:
-            self._waiting.remove(generation)
-        if generation.done:
-            return
-        if isinstance(how, HybridK2Error):
-            generation.error = how
-        else:
-            generation.finish_reason = how
+        """End a request that runs or waits. What it computed stays cached."""
+        with self._lock:
+            if generation.sequence is not None:
+                generation.sequence.close()
+            self._scheduler.remove(generation)
+            reason = "error" if isinstance(how, HybridK2Error) else how
+            if generation.task.max_tokens:
+                self._totals.requests[reason] += 1
+            if isinstance(how, HybridK2Error):
+                generation.error = how
+            else:
+                generation.finish_reason = how
 
 
 def _context_tokens(choices: EngineConfig, config: K2Config) -> int:
@@ -387,61 +481,3 @@ def _context_tokens(choices: EngineConfig, config: K2Config) -> int:
             f"{longest} at most"
         )
     return choices.context_tokens
-
-
-def _dense_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """Memory of all weights but the routed experts; embedding and head stay as they are stored."""
-    config = checkpoint.config
-    kept_bytes = 2 * config.vocab_size * config.hidden_size * torch.bfloat16.itemsize
-    widening = dtype.itemsize / torch.bfloat16.itemsize
-    return kept_bytes + int((checkpoint.dense_bytes - kept_bytes) * widening)
-
-
-def _dense_threads(checkpoint: Checkpoint, threads: int) -> int:
-    """Threads for dense arithmetic: one where an operator is too small to be shared out.
-
-    torch's threads spin at a barrier after every operator. On a layer of a few hundred kilobytes
-    they gain nothing, and beside other programs each barrier waits for the scheduler: the embedded
-    model then made 2 tokens/s with two threads and 100 with one (2 Zen 4 cores, both busy).
-    """
-    layer_bytes = checkpoint.dense_bytes / checkpoint.config.num_hidden_layers
-    return threads if layer_bytes >= _SHARED_LAYER_BYTES else 1
-
-
-def load_model(
-    checkpoint: Checkpoint,
-    experts: HostExperts,
-    device: Device,
-    dtype: torch.dtype,
-    on_progress: Callable[[LoadProgress], None] | None = None,
-) -> K2Model:
-    """Read the dense weights layer by layer and put the model together around loaded experts.
-
-    Raises CheckpointError with the name of a tensor that cannot be read.
-    """
-    config = checkpoint.config
-    router = AsyncRouter(experts, device)
-    started = time.perf_counter()
-    layer_bytes = checkpoint.dense_bytes // (config.num_hidden_layers + 1)
-
-    def report(done: int) -> None:
-        if on_progress is not None:
-            seconds = time.perf_counter() - started
-            on_progress(LoadProgress("dense weights", done, checkpoint.dense_bytes, seconds))
-
-    layers = []
-    for index in range(config.num_hidden_layers):
-        weights = checkpoint.layer(index)
-        layers.append(DecoderLayer(config, weights, index, router, device, dtype))
-        report((index + 1) * layer_bytes)
-    model = K2Model(
-        config,
-        checkpoint.embedding(),
-        layers,
-        checkpoint.final_norm(),
-        checkpoint.lm_head(),
-        device,
-        dtype,
-    )
-    report(checkpoint.dense_bytes)
-    return model

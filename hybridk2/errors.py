@@ -34,8 +34,30 @@ class RequestError(HybridK2Error):
     """A sampling parameter or a request that is out of bounds."""
 
 
+class ContextLengthError(RequestError):
+    """A prompt that leaves no room in the context for an answer."""
+
+    def __init__(self, prompt_tokens: int, max_tokens: int | None, context_tokens: int) -> None:
+        """max_tokens: what the request allowed its answer, None when it set no bound."""
+        super().__init__(
+            f"the prompt has {prompt_tokens} tokens and the context holds {context_tokens}, "
+            "with one at least for the answer. Shorten the conversation or raise the context"
+        )
+        self.prompt_tokens = prompt_tokens
+        self.max_tokens = max_tokens
+        self.context_tokens = context_tokens
+
+
+class QueueFullError(RequestError):
+    """As many requests run and wait as may; one more has to come again later."""
+
+
 class EngineError(HybridK2Error):
     """A step of the engine failed; the request it served is lost, the engine is not."""
+
+
+class DeadlineError(EngineError):
+    """A request that was not finished in the time it was given."""
 
 
 class SessionError(HybridK2Error):

@@ -104,30 +104,41 @@ class PagedLatentCache:
         repeatable: reuse only what a cold start would have computed bit for bit.
         """
         sequence = CacheSequence(self)
-        limit = len(token_ids) - 1
-        if repeatable:
-            limit -= limit % self.chunk_tokens
-        self._reuse_full_pages(sequence, token_ids, limit, repeatable)
-        if repeatable:
-            sequence._shrink(sequence.length - sequence.length % self.chunk_tokens)
-        else:
-            self._reuse_part_of_a_page(sequence, token_ids[: max(limit, 0)])
+        for page_id in self._known_pages(token_ids, repeatable):
+            self._hold(page_id)
+            sequence._append_page(page_id, self._pages[page_id])
+        if not repeatable:
+            self._reuse_part_of_a_page(sequence, token_ids[:-1])
         return sequence
 
-    def _reuse_full_pages(
-        self, sequence: CacheSequence, token_ids: Sequence[int], limit: int, repeatable: bool
-    ) -> None:
-        for end in range(PAGE_TOKENS, limit + 1, PAGE_TOKENS):
+    def known_tokens(self, token_ids: Sequence[int], *, repeatable: bool) -> int:
+        """How many leading tokens `open` would take from whole pages."""
+        return len(self._known_pages(token_ids, repeatable)) * PAGE_TOKENS
+
+    def shared_tokens(self, token_ids: Sequence[int], *, repeatable: bool) -> int:
+        """Of the tokens that `open` would take from whole pages, those that somebody holds now, so
+        that holding them too takes no memory."""
+        known = self._known_pages(token_ids, repeatable)
+        return sum(PAGE_TOKENS for page_id in known if self._pages[page_id].holders)
+
+    def _known_pages(self, token_ids: Sequence[int], repeatable: bool) -> list[int]:
+        """Pages of the longest known prefix without the last token, whole chunks if repeatable."""
+        found: list[int] = []
+        digest = _ROOT
+        for end in range(PAGE_TOKENS, len(token_ids), PAGE_TOKENS):
             tokens = tuple(token_ids[end - PAGE_TOKENS : end])
-            page_id = self._by_digest.get(_digest(sequence._digest, tokens))
+            digest = _digest(digest, tokens)
+            page_id = self._by_digest.get(digest)
             if page_id is None:
                 break
             page = self._pages[page_id]
             # The hash names the content; the comparison makes a collision harmless too.
             if page.tokens != tokens or (repeatable and not page.repeatable):
                 break
-            self._hold(page_id)
-            sequence._append_page(page_id, page)
+            found.append(page_id)
+        if repeatable:
+            del found[len(found) - len(found) % (self.chunk_tokens // PAGE_TOKENS) :]
+        return found
 
     def _reuse_part_of_a_page(self, sequence: CacheSequence, token_ids: Sequence[int]) -> None:
         rest = token_ids[sequence.length : sequence.length + PAGE_TOKENS]
@@ -228,9 +239,14 @@ class CacheSequence:
         """Tokens whose latents every layer holds."""
         return len(self.token_ids)
 
+    @property
+    def held_tokens(self) -> int:
+        """Tokens that its pages have room for, the present ones included."""
+        return len(self._pages) * PAGE_TOKENS
+
     def reserve(self, tokens: int) -> None:
         """Make room for that many tokens after the present ones. Raises EngineError when full."""
-        while len(self._pages) * PAGE_TOKENS < self.length + tokens:
+        while self.held_tokens < self.length + tokens:
             self._pages.append(self._cache._allocate())
 
     def write(self, layer: int, latents: Tensor) -> None:
@@ -293,12 +309,3 @@ class CacheSequence:
         self.token_ids.extend(page.tokens)
         self._digest = page.digest
         self._hashed += 1
-
-    def _shrink(self, length: int) -> None:
-        while self._hashed * PAGE_TOKENS > length:
-            page_id = self._pages.pop()
-            self._hashed -= 1
-            self._digest = self._cache._pages[page_id].parent
-            self._cache._release(page_id)
-        del self.token_ids[length:]
-        self._repeatable = min(self._repeatable, length)

@@ -10,14 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hybridk2.errors import RequestError
+from hybridk2.errors import EngineError, RequestError
 
 MAX_TOP_LOGPROBS = 20
+MAX_LOGIT_BIAS = 100.0
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class SamplingParams:
     temperature 0 picks the most likely token. top_p 1.0, top_k 0, min_p 0.0 leave the distribution
     whole. seed None draws one. max_tokens None ends at the context's limit. stop: strings that end
     the visible text. logprobs: how many alternatives to report per token, None for no report.
+    logit_bias: (token id, what is added to its logit), from -100 to 100.
     """
 
     temperature: float = 1.0
@@ -40,6 +43,7 @@ class SamplingParams:
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         _check_real("temperature", self.temperature, 0.0, 100.0)
@@ -53,10 +57,12 @@ class SamplingParams:
             _check_integer("seed", self.seed, -(2**63), 2**64 - 1)
         if self.max_tokens is not None:
             _check_integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        if self.logprobs is not None:
-            _check_integer("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
+        check_number_of_logprobs("logprobs", self.logprobs)
         if any(not isinstance(text, str) or not text for text in self.stop):
             raise RequestError("stop: expected non-empty strings")
+        for token_id, bias in self.logit_bias:
+            _check_integer("logit_bias: token id", token_id, 0, 2**31 - 1)
+            _check_real(f"logit_bias of {token_id}", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
 
 
 def _check_real(
@@ -79,6 +85,12 @@ def _check_integer(name: str, value: int, low: int, high: int) -> None:
         raise RequestError(f"{name}: expected an integer from {low} to {high}, found {value}")
 
 
+def check_number_of_logprobs(name: str, value: int | None) -> None:
+    """Raises RequestError when more alternatives are asked for than are reported."""
+    if value is not None:
+        _check_integer(name, value, 0, MAX_TOP_LOGPROBS)
+
+
 @dataclass(frozen=True)
 class GeneratedToken:
     """A token as sampled. Log-probabilities are the model's own, before temperature and penalties.
@@ -90,6 +102,20 @@ class GeneratedToken:
     id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+class TokenConstraint(Protocol):
+    """What a reply is held to, token by token: `mask`, then `accept` of what was sampled.
+
+    Called by the engine's thread only, strictly in turns. The token that ends the reply is accepted
+    as any other. What either raises ends the request with an EngineError.
+    """
+
+    def mask(self) -> np.ndarray | None:
+        """(vocab_size,) bool: True where a token may come next. None: any may."""
+
+    def accept(self, token_id: int) -> None:
+        """This token was sampled."""
 
 
 def uniform(seed: int, position: int) -> float:
@@ -112,20 +138,36 @@ class Sampler:
         prompt_ids: Sequence[int],
         vocab_size: int,
         forbidden_ids: Sequence[int] = (),
+        constraint: TokenConstraint | None = None,
     ) -> None:
-        """forbidden_ids: never sampled, such as ids that stand for no text."""
+        """forbidden_ids: never sampled, such as ids that stand for no text. constraint: what may
+        be sampled beyond that. Raises RequestError for a bias of an id outside the vocabulary."""
         self._params = params
         self._seed = seed
+        self._constraint = constraint
         self._forbidden = torch.tensor(forbidden_ids, dtype=torch.int64)
         self._repeats = params.repetition_penalty != 1.0
+        biased = [token_id for token_id, _ in params.logit_bias]
+        if biased and max(biased) >= vocab_size:
+            raise RequestError(
+                f"logit_bias: token id {max(biased)} is not in the vocabulary of {vocab_size}"
+            )
+        self._biased = torch.tensor(biased, dtype=torch.int64)
+        self._bias = torch.tensor([bias for _, bias in params.logit_bias], dtype=torch.float64)
         self._counts_output = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
         self._seen = torch.zeros(vocab_size, dtype=torch.bool)
         self._counts = torch.zeros(vocab_size)
         self._seen[torch.tensor(list(set(prompt_ids)), dtype=torch.int64)] = True
 
     def sample(self, logits: Tensor, position: int) -> GeneratedToken:
-        """logits: (vocab,) fp32 on the host, finite. position: the index the token will have."""
-        token_id = self._pick(self._penalised(logits), position)
+        """logits: (vocab,) fp32 on the host, finite. position: the index the token will have.
+
+        Raises EngineError when the constraint leaves no token to choose.
+        """
+        allowed = self._allowed(self._penalised(logits))
+        token_id = self._pick(allowed, position)
+        if self._constraint is not None:
+            self._constraint.accept(token_id)
         self._seen[token_id] = True
         self._counts[token_id] += 1
         if self._params.logprobs is None:
@@ -151,8 +193,20 @@ class Sampler:
         if self._counts_output:
             logits = logits - params.frequency_penalty * self._counts
             logits = logits - params.presence_penalty * (self._counts > 0)
+        if self._biased.numel():
+            logits = logits.index_add(0, self._biased, self._bias)
+        return logits
+
+    def _allowed(self, logits: Tensor) -> Tensor:
+        """Logits with -inf wherever a token must not come."""
         if self._forbidden.numel():
             logits[self._forbidden] = float("-inf")
+        mask = None if self._constraint is None else self._constraint.mask()
+        if mask is None:
+            return logits
+        logits = logits.masked_fill_(torch.from_numpy(~mask), float("-inf"))
+        if not bool(logits.isfinite().any()):
+            raise EngineError("the constraint of this request allows no token to come next")
         return logits
 
     def _pick(self, logits: Tensor, position: int) -> int:

@@ -27,8 +27,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("checkpoint", "tokenizer", "sampling", "hardware", "device"),
     ("chat", "placement"),
     ("planner",),
-    ("experts", "kv_cache"),
-    ("model",),
+    ("experts", "kv_cache", "scheduler", "engine_stats"),
+    ("model", "request"),
+    ("execution",),
     ("engine", "sessions"),
     ("assistant",),
     ("verification", "synthesis", "tuner", "server"),
@@ -46,11 +47,14 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     # The model sees no argv, environment, HTTP or paths.
     "model": ("os", "sys", "pathlib", "argparse", "click", "http", "urllib", "requests", "httpx"),
     # The engine speaks token ids only.
-    "engine": ("hybridk2.tokenizer", "hybridk2.chat"),
+    **dict.fromkeys(
+        ("engine", "execution", "request", "scheduler"), ("hybridk2.tokenizer", "hybridk2.chat")
+    ),
 }
 # What these import when they are imported, directly or not, must not load torch: `hybridk2 --help`
-# answers at once, and text can be tokenised where no model runs.
-TORCH_FREE = ("errors", "config", "tokenizer", "chat", "cli", "__main__")
+# answers at once, a server listens before its model is loaded, and text can be tokenised where no
+# model runs.
+TORCH_FREE = ("errors", "config", "tokenizer", "chat", "server", "cli", "__main__")
 
 EXTENSION = "hybridk2._native"
 EXTENSION_DOOR = "hybridk2/experts/host.py"

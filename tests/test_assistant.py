@@ -1,15 +1,31 @@
 """An assistant is its tokenizer, chat format and engine, and nothing is lost between them."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from hybridk2.assistant import Assistant
-from hybridk2.chat.events import Event, Finished, PromptProgress
+from hybridk2.assistant import Assistant, ReplyInProgress
+from hybridk2.chat.events import (
+    Event,
+    Finished,
+    PromptProgress,
+    PromptScored,
+    TextDelta,
+    TokenScored,
+)
 from hybridk2.chat.generation import collect
 from hybridk2.config import EngineConfig
-from hybridk2.errors import ChatError, CheckpointError, RequestError, TokenizerError
+from hybridk2.errors import (
+    ChatError,
+    CheckpointError,
+    DeadlineError,
+    OutOfMemoryError,
+    RequestError,
+    TokenizerError,
+)
 from hybridk2.sampling import SamplingParams
 from hybridk2.synthesis import config_for_tokenizer, synthesize, synthetic_config
 from tests.small_vocabulary import write_vocabulary
@@ -98,6 +114,143 @@ def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(assistant: Ass
 def test_a_message_that_is_none_is_refused_by_its_place(assistant: Assistant) -> None:
     with pytest.raises(ChatError, match=r"messages\[0\]"):
         next(assistant.reply([{"role": "captain", "content": "hi"}]))
+
+
+def polled(assistant: Assistant, reply: ReplyInProgress) -> list[Event]:
+    events: list[Event] = []
+    while not reply.done:
+        assistant.step()
+        events += reply.poll()
+    return events
+
+
+def test_a_reply_that_is_polled_equals_one_that_is_read(assistant: Assistant) -> None:
+    read = list(assistant.reply(QUESTION, params=PARAMS))
+    reply = assistant.begin(QUESTION, params=PARAMS)
+    assert reply.prompt_tokens == assistant.count_prompt_tokens(QUESTION)
+    came = polled(assistant, reply)
+    assert reply.poll() == []
+    assert collect(came)[:3] == collect(read)[:3]
+    assert finished(came).reason == finished(read).reason
+
+
+def test_polling_neither_waits_nor_computes(assistant: Assistant) -> None:
+    new = [{"role": "user", "content": "never asked before " * 20}]  # several chunks
+    reply = assistant.begin(new, params=PARAMS)
+    assert reply.queue_position == 0
+    assert [reply.poll() for _ in range(3)] == [[], [], []]
+    assistant.step()
+    assert reply.queue_position is None
+    assert [type(event) for event in reply.poll()] == [PromptProgress]
+    assert reply.poll() == []
+    reply.cancel()
+    assert finished(reply.poll()).reason == "cancelled"
+    assert reply.done
+    assert not assistant.step()
+
+
+def test_a_cancelled_reply_closes_what_it_had_begun(assistant: Assistant) -> None:
+    reply = assistant.begin(QUESTION, params=SamplingParams(seed=5))
+    while not reply._generation.output:
+        assistant.step()
+    reply.cancel()
+    events = reply.poll()
+    usage = finished(events).usage
+    assert usage is not None
+    assert usage.completion_tokens == 1
+    assert collect(events).finish.reason == "cancelled"
+
+
+def test_the_error_of_a_reply_is_raised_once_and_after_what_came_before(
+    assistant: Assistant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reply = assistant.begin(QUESTION, params=PARAMS)
+    while not reply._generation.output:
+        assistant.step()
+
+    def fail(*args: object, **options: object) -> None:
+        raise MemoryError("injected")
+
+    monkeypatch.setattr(assistant._engine._model, "decode", fail)
+    assistant.step()
+    assert any(isinstance(event, PromptProgress) for event in reply.poll())
+    assert not reply.done
+    with pytest.raises(OutOfMemoryError, match="injected"):
+        reply.poll()
+    assert reply.done
+    assert reply.poll() == []
+
+
+def test_a_stop_string_ends_the_reply_in_the_engine_too(assistant: Assistant) -> None:
+    whole = collect(polled(assistant, assistant.begin_completion("hello", PARAMS))).content
+    assert whole is not None
+    stop = whole[3:5]
+    params = replace(PARAMS, stop=(stop,))
+    reply = assistant.begin_completion("hello", params)
+    events = polled(assistant, reply)
+    assert collect(events).content == whole[: whole.index(stop)]
+    assert (finished(events).reason, finished(events).stop_string) == ("stop", stop)
+    assert not assistant.step()
+
+
+def test_every_token_of_a_scored_text_comes_before_its_delta_and_spells_it(
+    assistant: Assistant,
+) -> None:
+    reply = assistant.begin_completion("hello", replace(PARAMS, logprobs=2))
+    spelled, shown = b"", ""
+    for event in polled(assistant, reply):
+        if isinstance(event, TokenScored):
+            spelled += event.text_bytes
+            assert event.logprob is not None
+            assert event.logprob <= event.top[0][2] + 1e-9
+            assert [text for _, text, _ in event.top] == [
+                assistant.tokenizer.token_bytes(token_id) for token_id, _, _ in event.top
+            ]
+        elif isinstance(event, TextDelta):
+            shown += event.text
+            assert spelled.decode("utf-8", "replace").startswith(shown.rstrip("\ufffd"))
+    assert shown
+    assert spelled.decode("utf-8", "replace").startswith(shown.rstrip("\ufffd"))
+
+
+def test_a_completion_continues_ids_and_text_alike_and_echoes_their_scores(
+    assistant: Assistant,
+) -> None:
+    text = "hello wo<|im_end|>"
+    token_ids = assistant.tokenizer.encode(text)
+    assert assistant.tokenizer.control.im_end not in token_ids
+    plain = collect(polled(assistant, assistant.begin_completion(text, PARAMS)))
+    events = polled(assistant, assistant.begin_completion(token_ids, PARAMS, echo_logprobs=1))
+    assert collect(events).content == plain.content
+    (scored,) = (event for event in events if isinstance(event, PromptScored))
+    first_text = next(n for n, event in enumerate(events) if isinstance(event, TextDelta))
+    assert events.index(scored) < first_text
+    assert [token.id for token in scored.tokens] == token_ids
+    assert b"".join(token.text_bytes for token in scored.tokens).decode() == text
+    assert scored.tokens[0].logprob is None
+    assert all(token.logprob is not None and len(token.top) == 1 for token in scored.tokens[1:])
+
+
+def test_constraint_priority_and_deadline_reach_the_engine(assistant: Assistant) -> None:
+    class OnlyHello:
+        """Allows one word of text, then the end of the message."""
+
+        def __init__(self) -> None:
+            self.left = [assistant.tokenizer.encode("hello")[0], assistant.tokenizer.control.im_end]
+
+        def mask(self) -> np.ndarray:
+            return np.arange(assistant.config.vocab_size) == self.left[0]
+
+        def accept(self, token_id: int) -> None:
+            assert token_id == self.left.pop(0)
+
+    reply = assistant.begin(QUESTION, constraint=OnlyHello(), priority="background")
+    assert assistant.stats().waiting_background == 1
+    late = assistant.begin(QUESTION, deadline_seconds=0.0)
+    parsed = collect(polled(assistant, reply))
+    assert (parsed.content, parsed.finish.reason) == ("hello", "stop")
+    with pytest.raises(DeadlineError):
+        late.poll()
 
 
 def test_a_folder_without_a_vocabulary_is_refused(small_checkpoint: Path) -> None:

@@ -158,5 +158,9 @@ def test_a_file_that_is_not_a_json_object_is_refused(tmp_path: Path, text: str) 
 def test_engine_choices_are_checked() -> None:
     with pytest.raises(ConfigError, match="threads"):
         EngineConfig(threads=0)
+    with pytest.raises(ConfigError, match="max_running"):
+        EngineConfig(max_running=0)
+    with pytest.raises(ConfigError, match="max_queued"):
+        EngineConfig(max_queued=0)
     with pytest.raises(ConfigError, match="dtype"):
         EngineConfig(dtype="float16")  # type: ignore[arg-type]

@@ -11,7 +11,14 @@ import torch
 from hybridk2.checkpoint import Checkpoint
 from hybridk2.config import EngineConfig
 from hybridk2.engine import Engine
-from hybridk2.errors import ConfigError, EngineError, OutOfMemoryError, RequestError
+from hybridk2.errors import (
+    ConfigError,
+    ContextLengthError,
+    EngineError,
+    HybridK2Error,
+    OutOfMemoryError,
+    RequestError,
+)
 from hybridk2.sampling import GeneratedToken, SamplingParams
 from tests.reference import Reference
 
@@ -111,6 +118,21 @@ def test_after_warming_only_the_last_token_is_read(engine: Engine) -> None:
     assert generation.cached_tokens == len(past)
 
 
+def test_warming_what_is_known_or_nothing_computes_nothing(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    past = prompt(engine, 150, seed=14)
+    engine.warm(past, lambda: False)
+
+    def fail(*args: object) -> None:
+        raise AssertionError("computed")
+
+    monkeypatch.setattr(engine._model, "forward", fail)
+    engine.warm(past, lambda: False)
+    engine.warm([], lambda: False)
+    assert not engine.step()
+
+
 def test_warming_stops_when_told(engine: Engine) -> None:
     past = prompt(engine, 201, seed=13)
     asked = []
@@ -155,6 +177,53 @@ def test_a_prompt_that_cannot_run_is_refused(
         engine.submit(question, GREEDY)
 
 
+def test_a_prompt_beyond_the_context_is_refused_with_its_numbers(engine: Engine) -> None:
+    with pytest.raises(ContextLengthError) as caught:
+        engine.submit([1] * (CONTEXT + 5), GREEDY)
+    error = caught.value
+    assert (error.prompt_tokens, error.max_tokens) == (CONTEXT + 5, GREEDY.max_tokens)
+    assert error.context_tokens == CONTEXT
+
+
+@pytest.mark.parametrize("prompt_logprobs", [-1, 21])
+def test_more_scores_than_are_kept_are_refused(engine: Engine, prompt_logprobs: int) -> None:
+    with pytest.raises(RequestError, match=f"prompt_logprobs.*found {prompt_logprobs}"):
+        engine.submit([1], GREEDY, prompt_logprobs=prompt_logprobs)
+
+
+def test_a_context_longer_than_the_cache_is_cut_to_it(small_checkpoint: Path) -> None:
+    choices = EngineConfig(model=str(small_checkpoint), context_tokens=500, kv_cache_tokens=200)
+    engine = Engine.load(choices)
+    try:
+        assert engine.context_tokens == 256, "whole pages"
+        generation = engine.submit([1] * 250, SamplingParams(), stop_ids=())
+        assert len(ids(engine.tokens(generation))) == 6
+    finally:
+        engine.close()
+
+
+def test_the_figures_of_an_engine_are_what_its_requests_did(engine: Engine) -> None:
+    before = engine.stats()
+    question = prompt(engine, 2 * CHUNK + 6, seed=90)
+    list(engine.generate(question, GREEDY, stop_ids=()))
+    list(engine.generate(question, GREEDY, stop_ids=()))
+    after = engine.stats()
+    assert after.prompt_tokens_total - before.prompt_tokens_total == 2 * len(question)
+    assert after.cached_tokens_total - before.cached_tokens_total == len(question) - 1
+    assert after.completion_tokens_total - before.completion_tokens_total == 24
+    assert after.requests_total["length"] - before.requests_total.get("length", 0) == 2
+    # Three chunks, then one for the last token; the first token of each answer comes of them.
+    assert after.steps_total - before.steps_total == 3 + 1 + 2 * 11
+    assert after.step_seconds_total > before.step_seconds_total
+    config = engine.config
+    expert_bytes = engine.experts.weight_bytes / (config.num_moe_layers * config.n_routed_experts)
+    read = (after.expert_bytes_total - before.expert_bytes_total) / expert_bytes
+    # One token needs top-k experts a layer, a chunk of many at most all of them.
+    layers, top_k = config.num_moe_layers, config.num_experts_per_tok
+    most = 3 * config.n_routed_experts + (1 + 22) * top_k
+    assert layers * (3 + 1 + 22) * top_k <= read <= layers * most
+
+
 def test_closing_the_iterator_frees_the_request(engine: Engine) -> None:
     before = engine._cache.available_tokens
     generation = engine.submit(prompt(engine, 50, seed=8), GREEDY, stop_ids=())
@@ -167,32 +236,25 @@ def test_closing_the_iterator_frees_the_request(engine: Engine) -> None:
     assert not engine.step()
 
 
-def test_requests_wait_when_the_cache_is_promised_to_others(engine: Engine) -> None:
-    params = SamplingParams(seed=1)  # may use the whole context
-    generations = [engine.submit(prompt(engine, 5, seed=n), params, stop_ids=()) for n in range(6)]
-    engine.step()
-    assert [g.prefilled_tokens > 0 for g in generations] == [True] * 4 + [False] * 2
-    engine.cancel(generations[0])
-    engine.step()
-    assert generations[4].prefilled_tokens > 0
-    for generation in generations:
-        engine.cancel(generation)
-    assert not engine.step()
-
-
+@pytest.mark.parametrize(
+    ("injected", "kind"), [(MemoryError, OutOfMemoryError), (ZeroDivisionError, EngineError)]
+)
 def test_a_failed_step_ends_its_request_and_not_the_engine(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    injected: type[Exception],
+    kind: type[HybridK2Error],
 ) -> None:
     question = prompt(engine, 20, seed=9)
     wanted = ids(engine.generate(question, GREEDY, stop_ids=()))
 
     def fail(*args: object) -> None:
-        raise MemoryError("injected")
+        raise injected("injected")
 
     before = engine._cache.available_tokens
     with monkeypatch.context() as patch:
         patch.setattr(engine._model.layers[1].attention, "forward", fail)
-        with pytest.raises(EngineError, match="MemoryError: injected"):
+        with pytest.raises(kind, match=f"{injected.__name__}: injected"):
             ids(engine.generate(question, GREEDY, stop_ids=()))
     assert engine._cache.available_tokens == before
     assert ids(engine.generate(question, GREEDY, stop_ids=())) == wanted

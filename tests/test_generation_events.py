@@ -1,6 +1,6 @@
 """From tokens to a finished reply: stop strings, reasons, cancelling, and the collected message."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -12,15 +12,16 @@ from hybridk2.chat.events import (
     PromptProgress,
     ReasoningDelta,
     TextDelta,
+    TokenScored,
     ToolCallArguments,
     ToolCallEnd,
     ToolCallStart,
     Usage,
 )
-from hybridk2.chat.generation import Reply, collect, stream
-from hybridk2.chat.parser import OutputParser
+from hybridk2.chat.generation import PlainTextParser, Reply, ReplyParser, ReplyStream, collect
+from hybridk2.chat.parser import EndReason, OutputParser
 from hybridk2.chat.template import render
-from hybridk2.errors import EngineError, RequestError
+from hybridk2.errors import RequestError
 from tests.small_vocabulary import small_tokenizer
 
 SMALL = small_tokenizer()
@@ -31,31 +32,21 @@ CALL = (
 )
 
 
-class Tokens:
-    """An iterator of tokens that knows how far it was read and whether it was closed."""
-
-    def __init__(self, written: str, error_at_end: Exception | None = None) -> None:
-        self._ids = iter(SMALL.encode_with_control(written))
-        self._error_at_end = error_at_end
-        self.num_read = 0
-        self.is_closed = False
-
-    def __iter__(self) -> Iterator[int]:
-        return self
-
-    def __next__(self) -> int:
-        token_id = next(self._ids, None)
-        if token_id is None:
-            raise self._error_at_end or StopIteration
-        self.num_read += 1
-        return token_id
-
-    def close(self) -> None:
-        self.is_closed = True
-
-
-def events_of(written: str, stop_strings: Sequence[str] = ()) -> list[Event]:
-    return list(stream(Tokens(written), OutputParser(SMALL), stop_strings))
+def events_of(
+    written: str | Iterable[int],
+    stop_strings: Sequence[str] = (),
+    reason: EndReason = "length",
+    parser: ReplyParser | None = None,
+) -> list[Event]:
+    """Push token by token until the reply has ended, as an engine does."""
+    ids = SMALL.encode_with_control(written) if isinstance(written, str) else written
+    stream = ReplyStream(parser or OutputParser(SMALL), stop_strings)
+    events: list[Event] = []
+    for token_id in ids:
+        events += stream.push(token_id)
+        if stream.ended:
+            break
+    return events + stream.finish(reason)
 
 
 def reply(written: str, stop_strings: Sequence[str] = ()) -> Reply:
@@ -69,57 +60,33 @@ def test_a_message_that_the_model_ends_finishes_with_stop() -> None:
     assert reply(f"<think>a</think>b{END}") == Reply("a", "b", [], Finished("stop"))
 
 
-def test_tokens_that_run_out_finish_with_length_unless_told_otherwise() -> None:
+def test_tokens_that_run_out_finish_with_what_ended_them() -> None:
     assert reply("<think>a</think>b").finish.reason == "length"
-    for reason in ("stop", "length", "cancelled"):
-        events = stream(Tokens("b"), OutputParser(SMALL), end_reason=lambda r=reason: r)
-        assert collect(events).finish.reason == reason
+    reasons: tuple[EndReason, ...] = ("stop", "length", "cancelled")
+    for reason in reasons:
+        assert collect(events_of("b", reason=reason)).finish.reason == reason
 
 
 def test_a_complete_reply_with_a_call_finishes_with_tool_calls() -> None:
     assert reply(CALL + END).finish.reason == "tool_calls"
     assert reply(CALL).finish.reason == "length"
-    events = stream(Tokens(CALL), OutputParser(SMALL), end_reason=lambda: "stop")
-    assert collect(events).finish.reason == "tool_calls"
+    assert collect(events_of(CALL, reason="stop")).finish.reason == "tool_calls"
 
 
-def test_no_token_is_read_after_the_end_and_the_tokens_are_closed() -> None:
-    tokens = Tokens(f"ab{END}cd")
-    collect(stream(tokens, OutputParser(SMALL)))
-    assert (tokens.num_read, tokens.is_closed) == (3, True)
+def test_a_reply_has_ended_at_the_message_s_end_and_not_before() -> None:
+    stream = ReplyStream(OutputParser(SMALL))
+    ended = []
+    for token_id in SMALL.encode_with_control(f"ab{END}"):
+        stream.push(token_id)
+        ended.append(stream.ended)
+    assert ended == [False, False, True]
 
 
-def test_a_plain_iterator_of_ids_will_do() -> None:
-    assert collect(stream(iter(SMALL.encode("hello")), OutputParser(SMALL))).content == "hello"
-
-
-def test_usage_is_asked_once_and_after_the_tokens_are_closed() -> None:
-    tokens = Tokens(f"ab{END}")
-    asked: list[bool] = []
-
-    def usage() -> Usage:
-        asked.append(tokens.is_closed)
-        return Usage(prompt_tokens=3)
-
-    events = list(stream(tokens, OutputParser(SMALL), usage=usage))
-    assert asked == [True]
-    assert events[-1] == Finished("stop", Usage(prompt_tokens=3))
-
-
-def test_closing_the_stream_closes_the_tokens() -> None:
-    tokens = Tokens("<think>a</think>hello you")
-    events = stream(tokens, OutputParser(SMALL))
-    assert next(events) == ReasoningDelta("a")
-    events.close()
-    assert tokens.is_closed
-    assert tokens.num_read == 2
-
-
-def test_an_error_in_the_tokens_comes_through_and_closes_them() -> None:
-    tokens = Tokens("hello", EngineError("step 3 failed"))
-    with pytest.raises(EngineError, match="step 3"):
-        list(stream(tokens, OutputParser(SMALL)))
-    assert tokens.is_closed
+def test_the_end_carries_what_the_reply_cost() -> None:
+    stream = ReplyStream(OutputParser(SMALL), ["b"])
+    usage = Usage(prompt_tokens=3)
+    assert stream.push(ord("b")) == []
+    assert stream.finish("cancelled", usage) == [Finished("stop", usage, "b")]
 
 
 # --- stop strings ----------------------------------------------------------------------------
@@ -148,12 +115,17 @@ def test_a_stop_string_ends_the_text_before_it(text: str, stops: list[str], show
     assert parsed.finish.reason == "stop"
 
 
-def test_a_stop_string_stops_the_reading_of_tokens() -> None:
-    tokens = Tokens("abSTOPcd")
-    parsed = collect(stream(tokens, OutputParser(SMALL), ["STOP"]))
-    assert parsed == Reply("", "ab", [], Finished("stop"))
-    assert tokens.num_read == 6
-    assert tokens.is_closed
+def test_a_reply_has_ended_once_a_stop_string_is_complete() -> None:
+    stream = ReplyStream(OutputParser(SMALL), ["STOP"])
+    events: list[Event] = []
+    for token_id in SMALL.encode("abSTO"):
+        events += stream.push(token_id)
+    assert not stream.ended
+    events += stream.push(ord("P"))
+    assert stream.ended
+    assert collect([*events, *stream.finish("length")]) == Reply(
+        "", "ab", [], Finished("stop", stop_string="STOP")
+    )
 
 
 def test_thoughts_and_calls_are_not_searched_for_stop_strings() -> None:
@@ -178,7 +150,7 @@ def test_text_is_held_back_no_longer_than_needed() -> None:
 
 def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(RequestError, match="stop"):
-        next(stream(Tokens("a"), OutputParser(SMALL), ["x", ""]))
+        ReplyStream(OutputParser(SMALL), ["x", ""])
 
 
 def _stopped_at_once(text: str, stops: list[str]) -> str:
@@ -213,8 +185,64 @@ def test_stop_strings_do_not_depend_on_how_text_is_cut(
         def push(self, token_id: int) -> list[Event]:
             return [pieces[token_id]]
 
-    events = stream(iter(range(len(pieces))), Parser(SMALL), stops)
+    events = events_of(range(len(pieces)), stops, parser=Parser(SMALL))
     assert (collect(events).content or "") == _stopped_at_once(text, stops)
+
+
+# --- scores ----------------------------------------------------------------------------------
+
+
+def scored_events(parser: ReplyParser, written: str, stops: Sequence[str] = ()) -> list[Event]:
+    stream = ReplyStream(parser, stops)
+    events: list[Event] = []
+    for token_id in SMALL.encode_with_control(written):
+        score = TokenScored(token_id, SMALL.token_bytes(token_id), -1.0)
+        events += stream.push(token_id, score)
+        if stream.ended:
+            break
+    return events + stream.finish("length")
+
+
+def scored_bytes(events: Iterable[Event]) -> bytes:
+    return b"".join(event.text_bytes for event in events if isinstance(event, TokenScored))
+
+
+def test_only_tokens_of_the_visible_text_are_scored() -> None:
+    events = scored_events(OutputParser(SMALL), f"<think>why</think>é<|im_middle|>b{CALL}{END}")
+    assert scored_bytes(events) == "éb".encode()
+
+
+def test_scores_come_before_the_delta_that_their_text_begins_in() -> None:
+    events = scored_events(OutputParser(SMALL), f"x st\u4f60ab{END}", ["stop"])
+    shown = 0
+    for number, event in enumerate(events):
+        if isinstance(event, TextDelta):
+            shown += len(event.text.encode())
+            assert len(scored_bytes(events[:number])) >= shown
+    assert scored_bytes(events) == "x st\u4f60ab".encode()
+
+
+def test_tokens_of_a_stop_string_are_not_scored() -> None:
+    events = scored_events(OutputParser(SMALL), "abSTOPcd", ["STOP"])
+    assert scored_bytes(events) == b"ab"
+
+
+# --- completions -----------------------------------------------------------------------------
+
+
+def test_a_completion_is_all_text_without_the_tokens_that_frame_messages() -> None:
+    written = f"a<think>b</think>{CALL}<|im_middle|>[BOS]c{END}"
+    expected = written.replace("<|im_middle|>", "").replace("[BOS]", "").replace(END, "")
+    events = scored_events(PlainTextParser(SMALL), written)
+    assert collect(events).content == expected
+    assert scored_bytes(events).decode() == expected
+
+
+def test_a_character_that_a_completion_was_cut_off_in_is_dropped() -> None:
+    ids = SMALL.encode("a\u4f60")[:-1]
+    for reason, shown in (("length", "a"), ("stop", "a\ufffd")):
+        events = events_of(ids, reason=reason, parser=PlainTextParser(SMALL))  # type: ignore[arg-type]
+        assert collect(events) == Reply("", shown, [], Finished(reason))  # type: ignore[arg-type]
 
 
 # --- the whole reply -------------------------------------------------------------------------

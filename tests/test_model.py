@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybridk2.checkpoint import Checkpoint, RouterWeights
+from hybridk2.checkpoint import Checkpoint, MlpWeights, RouterWeights
 from hybridk2.config import K2Config
 from hybridk2.device import CpuDevice
-from hybridk2.engine import load_model
 from hybridk2.experts.host import HostExperts, available_isas
 from hybridk2.experts.loading import load_experts
 from hybridk2.kv_cache import PagedLatentCache
 from hybridk2.model.k2 import K2Model
-from hybridk2.model.layers import yarn_inverse_frequencies
+from hybridk2.model.layers import DECODE_ROWS, swiglu, yarn_inverse_frequencies
+from hybridk2.model.loading import load_model
 from hybridk2.model.moe import TopKRouter
 from tests.reference import Reference
 from tests.test_config import K2_THINKING
@@ -239,6 +239,36 @@ def test_a_long_prompt_in_chunks_equals_the_reference(small: Loader) -> None:
     for absorbed in (None, False, True):
         found = loaded.logits(ids, positions, absorbed=absorbed, split=[128, 129, 200, 332])
         assert_logits(found, wanted, tolerance, f"{absorbed=}")
+
+
+@pytest.mark.parametrize("threads", [1, 5, 7])
+def test_a_row_of_a_wide_layer_does_not_depend_on_its_place(threads: int) -> None:
+    """K2's dense layers are so wide that torch shares their activations among threads; what is left
+    over at the end of a share is where rows in other places came out differently."""
+    width, columns = 18_432, 64
+    share = -(-DECODE_ROWS * width // threads)
+    at_the_ends = torch.tensor(
+        [
+            (end - back) % width
+            for end in range(share, DECODE_ROWS * width, share)
+            for back in range(1, 17)
+        ]
+        or [0]
+    )
+    down = torch.zeros(len(at_the_ends), width)
+    down[torch.arange(len(at_the_ends)), at_the_ends] = 1.0  # passes those activations through
+    generator = torch.Generator().manual_seed(0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(30):
+            gate = torch.randn(width, columns, generator=generator)
+            x = torch.randn(DECODE_ROWS, columns, generator=generator)
+            order = torch.randperm(DECODE_ROWS, generator=generator)
+            layer = MlpWeights(gate=gate, up=gate, down=down)
+            assert torch.equal(swiglu(x[order], layer), swiglu(x, layer)[order])
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

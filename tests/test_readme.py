@@ -81,14 +81,17 @@ def test_every_command_and_option_exists(line: str) -> None:
             assert word in option_names(command), f"hybridk2 {subcommand} has no {word}"
 
 
-def test_every_option_in_the_table_exists_and_every_option_is_in_it() -> None:
-    chat = main.get_command(click.Context(main), "chat")
-    assert chat is not None
+def test_every_option_in_the_tables_exists_and_every_option_is_in_the_page() -> None:
+    options: set[str] = set()
+    for name in ("chat", "serve"):
+        command = main.get_command(click.Context(main), name)
+        assert command is not None
+        options |= option_names(command)
     rows = [line.split("|")[1] for line in README.splitlines() if line.startswith("| `--")]
     tabled = {option for row in rows for option in re.findall(r"--[a-z-]+", row)}
-    assert tabled <= option_names(chat)
+    assert tabled <= options
     mentioned = set(re.findall(r"--[a-z][a-z-]+", README))
-    assert option_names(chat) - {"--help"} <= mentioned
+    assert options - {"--help"} <= mentioned
 
 
 @pytest.mark.parametrize("line", commands("make"))
@@ -106,5 +109,10 @@ def test_every_module_that_a_page_runs_exists() -> None:
 
 def option_names(command: click.Command) -> set[str]:
     context = click.Context(command)
-    names = (name for parameter in command.get_params(context) for name in parameter.opts)
+    shown = (
+        parameter
+        for parameter in command.get_params(context)
+        if not getattr(parameter, "hidden", False)
+    )
+    names = (name for parameter in shown for name in parameter.opts)
     return {name for name in names if name.startswith("--")}

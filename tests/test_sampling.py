@@ -3,10 +3,11 @@
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
-from hybridk2.errors import RequestError
+from hybridk2.errors import EngineError, RequestError
 from hybridk2.sampling import Sampler, SamplingParams, uniform
 
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
@@ -74,6 +75,59 @@ def test_forbidden_ids_are_never_sampled() -> None:
     assert sampler.sample(LOGITS, 0).id == 2
 
 
+def test_a_bias_is_added_to_its_logit_and_not_to_what_is_reported() -> None:
+    params = SamplingParams(logit_bias=((3, 1.5), (0, -100.0)), logprobs=1)
+    biased = LOGITS + torch.tensor([-100.0, 0.0, 0.0, 1.5, 0.0, 0.0])
+    assert_drawn_from(draw(params), biased.softmax(-1).where(biased > -50, torch.tensor(0.0)))
+    token = Sampler(params, 0, [], 6).sample(LOGITS, 0)
+    assert token.top_logprobs[0][1] == pytest.approx(float(LOGITS.double().log_softmax(-1)[0]))
+
+
+def test_a_bias_outside_the_vocabulary_is_refused() -> None:
+    with pytest.raises(RequestError, match="logit_bias: token id 6"):
+        Sampler(SamplingParams(logit_bias=((6, 1.0),)), 0, [], 6)
+
+
+class Only:
+    """Allows the ids given, None for all, and keeps what was accepted."""
+
+    def __init__(self, *allowed: int) -> None:
+        self.allowed = np.isin(np.arange(6), allowed) if allowed else None
+        self.accepted: list[int] = []
+
+    def mask(self) -> np.ndarray | None:
+        return self.allowed
+
+    def accept(self, token_id: int) -> None:
+        self.accepted.append(token_id)
+
+
+def test_a_constraint_leaves_the_distribution_of_what_it_allows() -> None:
+    counts: Counter[int] = Counter()
+    for position in range(DRAWS):
+        only = Only(1, 2, 4)
+        token = Sampler(SamplingParams(), 1, [], 6, constraint=only).sample(LOGITS, position)
+        assert only.accepted == [token.id]
+        counts[token.id] += 1
+    kept = torch.where(torch.isin(torch.arange(6), torch.tensor([1, 2, 4])), LOGITS, -math.inf)
+    assert_drawn_from(counts, kept.softmax(-1))
+
+
+@pytest.mark.parametrize(
+    "params", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.01}, {"min_p": 1.0}]
+)
+def test_every_way_of_choosing_stays_within_the_constraint(params: dict[str, float]) -> None:
+    sampler = Sampler(SamplingParams(**params), 0, [], 6, constraint=Only(5))  # type: ignore[arg-type]
+    assert [sampler.sample(LOGITS, position).id for position in range(3)] == [5, 5, 5]
+
+
+def test_a_constraint_without_a_mask_allows_all_but_the_forbidden() -> None:
+    params = SamplingParams(temperature=0.0)
+    assert Sampler(params, 0, [], 6, [0], Only()).sample(LOGITS, 0).id == 1
+    with pytest.raises(EngineError, match="allows no token"):
+        Sampler(params, 0, [], 6, [0], Only(0)).sample(LOGITS, 0)
+
+
 def test_repetition_penalty_counts_the_prompt_and_scales_by_sign() -> None:
     logits = torch.tensor([2.0, 1.5, -1.0, -1.5])
     params = SamplingParams(temperature=0.0, repetition_penalty=2.0)
@@ -130,6 +184,9 @@ def test_a_token_depends_on_seed_and_position_alone() -> None:
         ("max_tokens", 0),
         ("logprobs", 21),
         ("stop", ("",)),
+        ("logit_bias", ((0, 100.5),)),
+        ("logit_bias", ((0, float("nan")),)),
+        ("logit_bias", ((-1, 1.0),)),
     ],
 )
 def test_a_value_out_of_bounds_is_refused_by_name(field: str, value: object) -> None:

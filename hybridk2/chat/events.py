@@ -3,9 +3,11 @@
 Owns the event types and the usage record, nothing else. The parser emits events, the server and the
 terminal render them; neither knows the other.
 
-Order within one reply: PromptProgress as the prompt is read, then any number of reasoning runs
-(deltas, then ReasoningEnd) and text runs, then tool calls, each ToolCallStart,
-ToolCallArguments..., ToolCallEnd; exactly one Finished comes last.
+Order within one reply: PromptProgress as the prompt is read, PromptScored if that was asked for,
+then any number of reasoning runs (deltas, then ReasoningEnd) and text runs, then tool calls, each
+ToolCallStart, ToolCallArguments..., ToolCallEnd; exactly one Finished comes last. Where
+log-probabilities were asked for, the TokenScored of a text's tokens come before the delta that they
+begin in.
 """
 
 from dataclasses import dataclass
@@ -20,6 +22,27 @@ class PromptProgress:
 
     read_tokens: int
     total_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScored:
+    """A token of the visible text, or of a prompt, and what the model gave it.
+
+    text_bytes: its bytes, which need not be whole characters. logprob: natural logarithm, None for
+    the first token of a prompt. top: (id, bytes, logprob) of the likeliest, likeliest first.
+    """
+
+    id: int
+    text_bytes: bytes
+    logprob: float | None
+    top: tuple[tuple[int, bytes, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScored:
+    """Every token of the prompt, in order."""
+
+    tokens: tuple[TokenScored, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +123,20 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event of a reply. "length" and "cancelled" mean that it was cut off."""
+    """The last event of a reply. "length" and "cancelled" mean that it was cut off.
+
+    stop_string: the one of the request's that ended it, None for any other end.
+    """
 
     reason: FinishReason
     usage: Usage | None = None
+    stop_string: str | None = None
 
 
 Event: TypeAlias = (
     PromptProgress
+    | PromptScored
+    | TokenScored
     | ReasoningDelta
     | ReasoningEnd
     | TextDelta

@@ -1,72 +1,152 @@
-"""From a stream of tokens to a finished reply: stop strings, the end, the whole message.
+"""From tokens to a finished reply: stop strings, scores, the end, the whole message.
 
-Owns stop strings and the collecting of events into one assistant message. Works over any iterator
-of token ids; does not know the engine that makes them.
+Owns stop strings and the collecting of events into one assistant message. Is given token ids one by
+one; does not know the engine that makes them.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from hybridk2.chat.events import (
     Event,
     Finished,
-    FinishReason,
     ReasoningDelta,
     TextDelta,
+    TokenScored,
     ToolCallArguments,
     ToolCallStart,
     Usage,
 )
-from hybridk2.chat.parser import EndReason, OutputParser
+from hybridk2.chat.parser import EndReason
 from hybridk2.errors import RequestError
+from hybridk2.tokenizer import IncrementalDecoder, Tokenizer
 
 
-def stream(
-    tokens: Iterator[int],
-    parser: OutputParser,
-    stop_strings: Sequence[str] = (),
-    *,
-    end_reason: Callable[[], EndReason] = lambda: "length",
-    usage: Callable[[], Usage] | None = None,
-) -> Generator[Event, None, None]:
-    """Parse tokens into events, until the message ends, a stop string appears or tokens run out.
+class ReplyParser(Protocol):
+    """What reads the tokens of a reply: OutputParser, or PlainTextParser."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the model ended its reply."""
+
+    def shows(self, token_id: int) -> bool:
+        """Whether this token, if it comes next, is part of the visible text."""
+
+    def push(self, token_id: int) -> list[Event]:
+        """What this token adds to the reply."""
+
+    def finish(self, reason: EndReason) -> list[Event]:
+        """End the reply: close what is open, then Finished."""
+
+
+class PlainTextParser:
+    """Reads a completion: all of it is visible text, and control tokens stand for nothing.
+
+    `<think>` and what belongs to tool calls is text here, as no other place shows it.
+    """
+
+    reasoning_tokens = 0
+    ended = False
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._base_size = tokenizer.base_size
+        self._decoder = IncrementalDecoder(tokenizer)
+        control = tokenizer.control
+        self._written = {control.think, control.end_think}
+        self._written |= {control.tool_calls_section_begin, control.tool_calls_section_end}
+        self._written |= {control.tool_call_begin, control.tool_call_argument_begin}
+        self._written.add(control.tool_call_end)
+
+    def shows(self, token_id: int) -> bool:
+        """Whether this token is part of the text."""
+        return token_id < self._base_size or token_id in self._written
+
+    def push(self, token_id: int) -> list[Event]:
+        """The text that this token completes."""
+        return self._text(self._decoder.push(token_id)) if self.shows(token_id) else []
+
+    def finish(self, reason: EndReason) -> list[Event]:
+        """Finished, after an unfinished character if the model ended there by itself."""
+        events = self._text(self._decoder.flush()) if reason == "stop" else []
+        return [*events, Finished(reason)]
+
+    def _text(self, text: str) -> list[Event]:
+        return [TextDelta(text)] if text else []
+
+
+class ReplyStream:
+    """Events of one reply, from its tokens as they come.
 
     stop_strings: the first to be complete in visible text ends the reply, and is not shown.
-    Reasoning and tool calls are not searched. end_reason: asked when the tokens run out before the
-    message ends by a control token. usage: asked once, for Finished. The iterator of tokens is
-    closed before Finished, when the caller closes this generator, and when a token fails.
+    Reasoning and tool calls are not searched.
     """
-    search = _StopSearch(stop_strings)
-    finish_reason: FinishReason = "stop"
-    try:
-        for event in _parse(tokens, parser, end_reason):
-            if isinstance(event, Finished):
-                finish_reason = event.reason
-                continue
+
+    def __init__(self, parser: ReplyParser, stop_strings: Sequence[str] = ()) -> None:
+        self._parser = parser
+        self._search = _StopSearch(stop_strings)
+        self._scores = _HeldScores()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the reply ended, by the model's will or at a stop string: push nothing more."""
+        return self._search.found is not None or self._parser.ended
+
+    def push(self, token_id: int, score: TokenScored | None = None) -> list[Event]:
+        """What this token adds to the reply. score: its own, passed on if it is visible text."""
+        if score is not None and self._parser.shows(token_id):
+            self._scores.hold(score)
+        return self._searched(self._parser.push(token_id))
+
+    def finish(self, reason: EndReason, usage: Usage | None = None) -> list[Event]:
+        """End the reply: what was held back, then Finished.
+
+        reason: what ended the tokens, where the reply itself did not: see `ended`.
+        """
+        if self._search.found is not None:
+            return [Finished("stop", usage, self._search.found)]
+        *events, finished = self._parser.finish("stop" if self._parser.ended else reason)
+        assert isinstance(finished, Finished)
+        shown = self._searched(events)
+        if self._search.found is not None:
+            return [*shown, Finished("stop", usage, self._search.found)]
+        shown += [*self._shown(self._search.release()), *self._scores.release()]
+        return [*shown, Finished(finished.reason, usage)]
+
+    def _searched(self, events: Iterable[Event]) -> list[Event]:
+        shown: list[Event] = []
+        for event in events:
             if not isinstance(event, TextDelta):
-                yield from search.release()
-                yield event
+                shown += [*self._shown(self._search.release()), event]
                 continue
-            yield from search.push(event.text)
-            if search.found:
+            shown += self._shown(self._search.push(event.text))
+            if self._search.found is not None:
                 break
-        else:
-            yield from search.release()
-    finally:
-        close = getattr(tokens, "close", None)
-        if close is not None:
-            close()
-    yield Finished(finish_reason, usage() if usage is not None else None)
+        return shown
+
+    def _shown(self, deltas: Iterable[TextDelta]) -> Iterator[Event]:
+        for delta in deltas:
+            yield from self._scores.release(len(delta.text.encode()))
+            yield delta
 
 
-def _parse(
-    tokens: Iterator[int], parser: OutputParser, end_reason: Callable[[], EndReason]
-) -> Iterator[Event]:
-    for token_id in tokens:
-        yield from parser.push(token_id)
-        if parser.ended:
-            break
-    yield from parser.finish("stop" if parser.ended else end_reason())
+class _HeldScores:
+    """Scores of text tokens until the text that they begin is shown."""
+
+    def __init__(self) -> None:
+        self._held: deque[tuple[int, TokenScored]] = deque()  # with the byte that it begins at
+        self._pushed_bytes = 0
+        self._shown_bytes = 0
+
+    def hold(self, score: TokenScored) -> None:
+        self._held.append((self._pushed_bytes, score))
+        self._pushed_bytes += len(score.text_bytes)
+
+    def release(self, shown_bytes: int | None = None) -> Iterator[TokenScored]:
+        """Scores of tokens that begin within the next shown bytes; None: all that are held."""
+        self._shown_bytes += shown_bytes or 0
+        while self._held and (shown_bytes is None or self._held[0][0] < self._shown_bytes):
+            yield self._held.popleft()[1]
 
 
 class Reply(NamedTuple):
@@ -129,19 +209,18 @@ class _StopSearch:
             raise RequestError("stop: a stop string is empty; expected at least one character.")
         self._stop_strings = tuple(stop_strings)
         self._held = ""
-        self.found = False
+        self.found: str | None = None
 
     def push(self, text: str) -> Iterator[TextDelta]:
         """The text that is certainly shown. Once `found`, nothing more is."""
         text = self._held + text
         matches = [
-            (start + len(stop), start)
+            (start + len(stop), start, stop)
             for stop in self._stop_strings
             if (start := text.find(stop)) >= 0
         ]
         if matches:
-            self.found = True
-            _, shown = min(matches)
+            _, shown, self.found = min(matches)
             self._held = ""
         else:
             shown = self._first_possible_start(text)

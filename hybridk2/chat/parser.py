@@ -82,6 +82,11 @@ class OutputParser:
         """Whether the model ended its message; what is pushed after that is ignored."""
         return self._state is _State.ENDED
 
+    def shows(self, token_id: int) -> bool:
+        """Whether this token, if it comes next, is part of the visible text."""
+        ordinary = token_id < self._tokenizer.base_size and token_id not in self._actions
+        return ordinary and self._state is _State.TEXT
+
     def push(self, token_id: int) -> list[Event]:
         """What this token adds to the reply. Raises TokenizerError for an id out of range."""
         if self.ended:

@@ -22,6 +22,7 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports of a program that C
 # Each is the attribute of the same name in hybridk2.cli.<name>.
 SUBCOMMANDS = {
     "chat": "Talk to a model in the terminal, or ask it one question.",
+    "serve": "Answer over HTTP, as chat front ends, agents and libraries ask.",
     "synth": "Write a random-weight checkpoint in K2-Thinking's exact format.",
     "verify": "Check a checkpoint, and this engine's outputs against transformers.",
 }

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 import click
 
 from hybridk2.cli import EXIT_INTERRUPTED
+from hybridk2.cli.options import engine_options, model_options
 from hybridk2.errors import ConfigError, RequestError, SessionError
 
 if TYPE_CHECKING:
@@ -32,15 +33,7 @@ _GRACE_SECONDS = 2.0  # for the engine to finish its step when the person leaves
 
 @click.command("chat")
 @click.argument("prompt", required=False)
-@click.option(
-    "--model",
-    default="nano",
-    envvar="HYBRIDK2_MODEL",
-    show_default=True,
-    show_envvar=True,
-    help="Checkpoint folder, Hugging Face id, or nano.",
-)
-@click.option("--download", is_flag=True, help="Fetch or complete a Hugging Face id first.")
+@model_options
 @click.option("--system", help="System prompt, instead of the model's own.")
 @click.option("--tools", type=click.Path(path_type=Path), help="JSON file of tools to declare.")
 @click.option(
@@ -59,15 +52,7 @@ _GRACE_SECONDS = 2.0  # for the engine to finish its step when the person leaves
 @click.option("--seed", type=int, help="The same seed repeats the same reply; drawn if not given.")
 @click.option("--max-tokens", type=int, help="Of one reply, its thought included.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="Ends the answer; may be repeated.")
-@click.option("--threads", type=int, help="Default: one per physical core.")
-@click.option("--context", type=int, help="Tokens of context to make room for.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["bfloat16", "float32"]),
-    default="bfloat16",
-    show_default=True,
-    help="Of activations; float32 is for comparisons.",
-)
+@engine_options
 @click.option(
     "--data-home",
     type=click.Path(path_type=Path),

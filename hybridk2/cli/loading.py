@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -50,13 +51,13 @@ def load_assistant(
     return assistant
 
 
-def show_progress(job: Job[LoadProgress, Assistant], status: Console) -> None:
-    """Draw the bar until the job ends; where there is no terminal, one line per finished stage."""
+def show_progress(moments: Iterable[LoadProgress], status: Console) -> None:
+    """Draw the bar until nothing more comes; without a terminal, one line per finished stage."""
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}")
     quiet = not is_terminal(status)
     with Progress(*columns, console=status, transient=True, disable=quiet) as bar:
         tasks: dict[str, TaskID] = {}
-        for progress in job:
+        for progress in moments:
             stage = printable_line(progress.stage)
             if stage not in tasks:
                 tasks[stage] = bar.add_task(stage, figures="")

@@ -14,6 +14,7 @@ all heads). Two ways to the same result:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,22 +86,44 @@ class LatentAttention:
         tokens continue the sequence: token t sees the cached ones and new ones up to t. absorbed:
         which form to compute; None takes the one with fewer operations. Returns (tokens, hidden).
         """
-        config = self._config
         start = sequence.length
         tokens = x.shape[0]
-        compressed = linear(x, self._kv_a_proj)
-        latent = rms_norm(
-            compressed[:, : config.kv_lora_rank], self._kv_a_norm, config.rms_norm_eps
-        )
-        rotated_key = rotate(compressed[:, config.kv_lora_rank :], cos, sin)
-        sequence.write(self._layer, torch.cat((latent, rotated_key), dim=-1))
-
+        sequence.write(self._layer, self._latents(x, cos, sin))
         queries = self._queries(x, cos, sin)
         if absorbed is None:
             absorbed = self._absorbed_is_cheaper(tokens, start)
         attend = self._absorbed if absorbed else self._expanded
         heads = attend(queries, sequence, start)  # (heads, tokens, v)
         return linear(heads.transpose(0, 1).reshape(tokens, -1), self._o_proj)
+
+    def decode(
+        self, x: Tensor, cos: Tensor, sin: Tensor, sequences: Sequence[CacheSequence]
+    ) -> Tensor:
+        """Attention of one new token of each sequence, in the absorbed form.
+
+        x: (rows, hidden), normed; row i continues sequences[i], and rows beyond them are padding.
+        What a row comes to depends on its own sequence alone. Returns (rows, hidden).
+        """
+        latents = self._latents(x, cos, sin)
+        queries = self._queries(x, cos, sin)
+        q = self._absorbed_queries(queries)
+        mixed = queries.plain.new_zeros(*q.shape[:2], self._config.kv_lora_rank)
+        for row, sequence in enumerate(sequences):
+            here = slice(row, row + 1)
+            sequence.write(self._layer, latents[here])
+            mixed[:, here] = self._mix_latents(q[:, here], sequence, sequence.length)
+        heads = torch.bmm(mixed, self._w_uv.transpose(1, 2))
+        return linear(heads.transpose(0, 1).reshape(x.shape[0], -1), self._o_proj)
+
+    def _latents(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """What the cache keeps of each token: (tokens, latent_dim)."""
+        config = self._config
+        compressed = linear(x, self._kv_a_proj)
+        latent = rms_norm(
+            compressed[:, : config.kv_lora_rank], self._kv_a_norm, config.rms_norm_eps
+        )
+        rotated_key = rotate(compressed[:, config.kv_lora_rank :], cos, sin)
+        return torch.cat((latent, rotated_key), dim=-1)
 
     def _queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> _Queries:
         config = self._config
@@ -137,14 +160,22 @@ class LatentAttention:
         return state.result().to(queries.plain.dtype)
 
     def _absorbed(self, queries: _Queries, sequence: CacheSequence, start: int) -> Tensor:
+        mixed = self._mix_latents(self._absorbed_queries(queries), sequence, start)
+        return torch.bmm(mixed.to(queries.plain.dtype), self._w_uv.transpose(1, 2))
+
+    def _absorbed_queries(self, queries: _Queries) -> Tensor:
+        """Queries against latents instead of keys: (heads, tokens, latent_dim) fp32."""
+        absorbed = torch.bmm(queries.plain, self._w_uk)
+        return torch.cat((absorbed, queries.rotated), dim=-1).float()
+
+    def _mix_latents(self, q: Tensor, sequence: CacheSequence, start: int) -> Tensor:
+        """Latents weighted by the softmax of their scores: (heads, tokens, kv_lora_rank) fp32."""
         config = self._config
-        q = torch.cat((torch.bmm(queries.plain, self._w_uk), queries.rotated), dim=-1).float()
         state = _SoftmaxState(q, config.kv_lora_rank, config.softmax_scale, start)
         for first, block in sequence.read_blocks(self._layer, state.block_keys):
             wide = block.float()
             state.add(first, wide, wide[:, : config.kv_lora_rank])
-        mixed = state.result().to(queries.plain.dtype)
-        return torch.bmm(mixed, self._w_uv.transpose(1, 2))
+        return state.result()
 
 
 class _SoftmaxState:

@@ -5,6 +5,8 @@ Knows tensors and the cache, not where weights come from on disk, requests, samp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +17,7 @@ from hybridk2.device import Device
 from hybridk2.experts.router import AsyncRouter
 from hybridk2.kv_cache import CacheSequence
 from hybridk2.model.attention import LatentAttention
-from hybridk2.model.layers import RotaryTable, place_mlp, rms_norm, swiglu
+from hybridk2.model.layers import DECODE_ROWS, RotaryTable, place_mlp, rms_norm, swiglu
 from hybridk2.model.moe import MixtureOfExperts
 
 # Rows of lm_head that are widened to fp32 at a time. 4 MB stays in cache; blocks of 30 MB and more
@@ -70,6 +72,17 @@ class DecoderLayer:
         hidden = hidden + self.attention.forward(x, cos, sin, sequence, absorbed)
         return hidden + self.feed_forward(self.feed_forward_input(hidden))
 
+    def decode(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, sequences: Sequence[CacheSequence]
+    ) -> Tensor:
+        """hidden: (rows, hidden), one token of each sequence, then padding."""
+        x = self.attention_input(hidden)
+        hidden = hidden + self.attention.decode(x, cos, sin, sequences)
+        x = self.feed_forward_input(hidden)
+        if self.moe is None:
+            return hidden + swiglu(x, self._mlp)
+        return hidden + self.moe.forward(x, len(sequences))
+
     def attention_input(self, hidden: Tensor) -> Tensor:
         return rms_norm(hidden, self._input_norm, self._eps)
 
@@ -121,6 +134,38 @@ class K2Model:
             hidden = layer.forward(hidden, cos, sin, sequence, absorbed)
         sequence.advance(token_ids.tolist())
         return hidden
+
+    def decode(
+        self,
+        token_ids: Sequence[int],
+        sequences: Sequence[CacheSequence],
+        *,
+        rows_are_independent: bool,
+    ) -> Tensor:
+        """Run one new token of each of several sequences.
+
+        token_ids, sequences: up to DECODE_ROWS of them, each sequence with a past and with room
+        (CacheSequence.reserve). rows_are_independent: a sequence's numbers are bit for bit the same
+        whatever runs beside it, alone included; False lets one that is alone save the padding.
+
+        Returns hidden states after the last layer: (len(sequences), hidden) and then padding. The
+        caller advances the sequences once the step has succeeded; until then it may be repeated.
+        """
+        tokens = len(sequences)
+        assert 1 <= tokens == len(token_ids) <= DECODE_ROWS, f"{tokens} sequences"
+        padding = DECODE_ROWS - tokens if rows_are_independent or tokens > 1 else 0
+        embedded = F.embedding(torch.tensor(token_ids), self._embedding).to(self._dtype)
+        hidden = self._device.place(F.pad(embedded, (0, 0, 0, padding)))
+        positions = [sequence.length for sequence in sequences] + [0] * padding
+        cos, sin = self._rotary(self._device.place(torch.tensor(positions)))
+        for layer in self.layers:
+            hidden = layer.decode(hidden, cos, sin, sequences)
+        return hidden
+
+    @property
+    def experts_read(self) -> int:
+        """How many routed experts all calls so far read, layer by layer."""
+        return sum(layer.moe.experts_read for layer in self.layers if layer.moe is not None)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: (tokens, hidden) after the last layer. Returns (tokens, vocab) fp32 logits.

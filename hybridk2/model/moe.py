@@ -58,16 +58,20 @@ class MixtureOfExperts:
         self._shared = place_mlp(shared, device, dtype)
         self._experts = experts
         self.router = TopKRouter(config, router, device)
+        self.experts_read = 0  # over all calls, how many different experts each needed
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (tokens, hidden), normed. Returns routed sum + shared expert, in x's dtype.
+    def forward(self, x: Tensor, tokens: int | None = None) -> Tensor:
+        """x: (rows, hidden), normed. Returns routed sum + shared expert, in x's dtype.
 
-        The shared expert runs on the device while the host computes the routed ones.
+        The shared expert runs on the device while the host computes the routed ones. tokens: so
+        many rows are tokens and the rest padding, for which no expert works; None: all are.
         """
-        expert_ids, weights = self.router(x)
-        pending = self._experts.submit(self._slot, x, expert_ids, weights)
+        expert_ids, weights = (picked[:tokens] for picked in self.router(x))
+        pending = self._experts.submit(self._slot, x[:tokens], expert_ids, weights)
         shared = self.shared_expert(x)
-        return self._experts.collect(pending).to(x.dtype) + shared
+        self.experts_read += len(set(expert_ids.flatten().tolist()))
+        shared[:tokens] += self._experts.collect(pending).to(x.dtype)
+        return shared
 
     def shared_expert(self, x: Tensor) -> Tensor:
         """The SwiGLU that every token passes. x: (tokens, hidden), normed."""

@@ -1,0 +1,49 @@
+"""Options that more than one subcommand has: which model, and how it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_MODEL_OPTIONS = (
+    click.option(
+        "--model",
+        default="nano",
+        envvar="HYBRIDK2_MODEL",
+        show_default=True,
+        show_envvar=True,
+        help="Checkpoint folder, Hugging Face id, or nano.",
+    ),
+    click.option("--download", is_flag=True, help="Fetch or complete a Hugging Face id first."),
+)
+_ENGINE_OPTIONS = (
+    click.option("--threads", type=int, help="Default: one per physical core."),
+    click.option("--context", type=int, help="Tokens of context to make room for."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["bfloat16", "float32"]),
+        default="bfloat16",
+        show_default=True,
+        help="Of activations; float32 is for comparisons.",
+    ),
+)
+
+
+def model_options(command: Command) -> Command:
+    """Adds --model and --download."""
+    return _with(command, _MODEL_OPTIONS)
+
+
+def engine_options(command: Command) -> Command:
+    """Adds --threads, --context and --dtype."""
+    return _with(command, _ENGINE_OPTIONS)
+
+
+def _with(command: Command, options: tuple[Callable[[Command], Command], ...]) -> Command:
+    for option in reversed(options):
+        command = option(command)
+    return command

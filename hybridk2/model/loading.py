@@ -1,0 +1,79 @@
+"""From a checkpoint's dense weights to a model that computes.
+
+Owns the order of reading and what the dense part needs of the machine. The routed experts are
+loaded elsewhere; the model is put together around them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from hybridk2.checkpoint import Checkpoint, LoadProgress
+from hybridk2.device import Device
+from hybridk2.experts.host import HostExperts
+from hybridk2.experts.router import AsyncRouter
+from hybridk2.model.k2 import DecoderLayer, K2Model
+
+# Dense bytes per layer from which more than one thread shares an operator.
+_SHARED_LAYER_BYTES = 4 << 20
+
+
+def dense_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """Memory of all weights but the routed experts; embedding and head stay as they are stored."""
+    config = checkpoint.config
+    kept_bytes = 2 * config.vocab_size * config.hidden_size * torch.bfloat16.itemsize
+    widening = dtype.itemsize / torch.bfloat16.itemsize
+    return kept_bytes + int((checkpoint.dense_bytes - kept_bytes) * widening)
+
+
+def dense_threads(checkpoint: Checkpoint, threads: int) -> int:
+    """Threads for dense arithmetic: one where an operator is too small to be shared out.
+
+    torch's threads spin at a barrier after every operator. On a layer of a few hundred kilobytes
+    they gain nothing, and beside other programs each barrier waits for the scheduler: the embedded
+    model then made 2 tokens/s with two threads and 100 with one (2 Zen 4 cores, both busy).
+    """
+    layer_bytes = checkpoint.dense_bytes / checkpoint.config.num_hidden_layers
+    return threads if layer_bytes >= _SHARED_LAYER_BYTES else 1
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    experts: HostExperts,
+    device: Device,
+    dtype: torch.dtype,
+    on_progress: Callable[[LoadProgress], None] | None = None,
+) -> K2Model:
+    """Read the dense weights layer by layer and put the model together around loaded experts.
+
+    Raises CheckpointError with the name of a tensor that cannot be read.
+    """
+    config = checkpoint.config
+    router = AsyncRouter(experts, device)
+    started = time.perf_counter()
+    layer_bytes = checkpoint.dense_bytes // (config.num_hidden_layers + 1)
+
+    def report(done: int) -> None:
+        if on_progress is not None:
+            seconds = time.perf_counter() - started
+            on_progress(LoadProgress("dense weights", done, checkpoint.dense_bytes, seconds))
+
+    layers = []
+    for index in range(config.num_hidden_layers):
+        weights = checkpoint.layer(index)
+        layers.append(DecoderLayer(config, weights, index, router, device, dtype))
+        report((index + 1) * layer_bytes)
+    model = K2Model(
+        config,
+        checkpoint.embedding(),
+        layers,
+        checkpoint.final_norm(),
+        checkpoint.lm_head(),
+        device,
+        dtype,
+    )
+    report(checkpoint.dense_bytes)
+    return model
