@@ -49,12 +49,12 @@ def check_prompt(
     ContextLengthError for one that leaves no room in the context."""
     if not prompt_ids:
         raise RequestError("the prompt is empty: expected at least one token")
+    if len(prompt_ids) >= context_tokens:  # first: looking at millions of ids takes a while
+        raise ContextLengthError(len(prompt_ids), max_tokens, context_tokens)
     lowest, highest = min(prompt_ids), max(prompt_ids)
     if lowest < 0 or highest >= vocab_size:
         wrong = lowest if lowest < 0 else highest
         raise RequestError(f"token id {wrong} is not in the vocabulary of {vocab_size} tokens")
-    if len(prompt_ids) >= context_tokens:
-        raise ContextLengthError(len(prompt_ids), max_tokens, context_tokens)
 
 
 class Generation:

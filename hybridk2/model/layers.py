@@ -22,7 +22,7 @@ _ROWS = 32
 # Sequences that are decoded side by side share matrix products of this many rows, unused ones zero.
 # A row of such a product has the same bits whatever its neighbours are and wherever it stands;
 # products over another number of rows round differently. On 2 Zen 5 cores in bf16, 8 rows took 5 to
-# 15% longer than one on K2's matrices, as the weights are read once; 32 rows took twice as long.
+# 20% longer than one on K2's matrices, as the weights are read once; 32 rows took twice as long.
 DECODE_ROWS = 8
 
 
