@@ -174,6 +174,14 @@ class K2Model:
         would move each by up to 0.06, more than whole layers do.
         """
         x = rms_norm(hidden, self._final_norm, self.config.rms_norm_eps).float()
-        rows = max(_LOGIT_BLOCK_BYTES // (4 * self.config.hidden_size), 1)
-        blocks = [F.linear(x, block.float()) for block in self._lm_head.split(rows)]
-        return torch.cat(blocks, dim=-1)
+        vocab_size, hidden_size = self._lm_head.shape
+        rows = max(_LOGIT_BLOCK_BYTES // (4 * hidden_size), 1)
+        # One buffer for every block: taken anew, each came from fresh memory, behind the results of
+        # the one before, and the process grew for a moment by the whole head in fp32, 4.7 GB.
+        wide = x.new_empty(rows, hidden_size)
+        logits = x.new_empty(x.shape[0], vocab_size)
+        for first in range(0, vocab_size, rows):
+            block = self._lm_head[first : first + rows]
+            widened = wide[: block.shape[0]].copy_(block)
+            logits[:, first : first + rows] = F.linear(x, widened)
+        return logits
