@@ -76,6 +76,7 @@ class LayerRunner {
     uint8_t* unpacked;
   };
 
+  const ActivationKernels& kernels_for(Precision precision) const;
   void run_pass(const LayerCall& call, const uint8_t* layer_weights);
   void plan(Pass& pass);
   void gather_inputs(Pass& pass) const;

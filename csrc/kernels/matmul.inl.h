@@ -21,14 +21,14 @@ constexpr int kVectorsPerPanel = kPanelRows / kRowsPerVector;
 constexpr int kElementsPerGroup = kLinesPerGroup * kStepsPerLine;
 constexpr int kElementsPerBlock = kGroupsPerBlock * kElementsPerGroup;
 
-// How far ahead of its use a weight line is asked into L2. On a 2-core Zen 4 (2026-11), share of
-// the read roof at one token by distance in blocks: none 0.48, 4 0.52, 10 0.61, 14 0.86, 20 0.86,
-// 40 0.85, 80 0.80; into L1 instead 0.46. Spread over the block 0.90.
-constexpr int kPrefetchBytes = 20 * kStripBlockBytes;
+// How many blocks ahead of its use a weight line is asked into L2. On a 2-core Zen 4 (2026-11),
+// share of the read roof at one token by distance: none 0.48, 4 0.52, 10 0.61, 14 0.86, 20 0.86, 40
+// 0.85, 80 0.80; into L1 instead 0.46. Spread over the block 0.90.
+constexpr int kBlocksAhead = 20;
 
-// How far ahead activations are asked into L1 by tiles that do nothing but multiply: 24 elements of
-// a full tile. 192 tokens, one core: 0.86 of the vdpbf16ps roof without, 0.89 with.
-constexpr int kPrefetchElements = 24 * kTokensPerTile;
+// How far ahead activations are asked into L1 by tiles that do nothing but multiply: 12 elements of
+// a full tile. 192 tokens, one core of a Zen 4: 0.86 of the vdpbf16ps roof without, 0.89 with.
+constexpr int kPrefetchElements = 12 * kTokensPerTile;
 
 constexpr int nibble_offset(int vector) {
   return vector / kVectorsPerPanel * kPanelBytes + vector % kVectorsPerPanel * kRowsPerVector * 4;
@@ -56,8 +56,9 @@ struct PackedGroup {
   Weight* kept;
 
   template <int Step>
-  static void step(const Line (&line)[V], Weight* keep, const uint32_t* x, int64_t x_stride,
-                   Sum (&acc)[M][V]) {
+  __attribute__((always_inline)) static void step(const Line (&line)[V], Weight* keep,
+                                                  const uint32_t* x, int64_t x_stride,
+                                                  Sum (&acc)[M][V]) {
     Weight weight[V];
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
@@ -72,7 +73,8 @@ struct PackedGroup {
     }
   }
 
-  void accumulate_line(int q, const uint32_t* x, int64_t x_stride, Sum (&acc)[M][V]) const {
+  __attribute__((always_inline)) void accumulate_line(int q, const uint32_t* x, int64_t x_stride,
+                                                      Sum (&acc)[M][V]) const {
     Weight* keep = kKeep ? kept + q * kStepsPerLine * kVectorsPerStrip : nullptr;
     Line line[V];
 #pragma GCC unroll 16
@@ -98,7 +100,8 @@ template <int M, int V>
 struct UnpackedGroup {
   const Weight* weights;
 
-  void accumulate_element(int e, const uint32_t* x, Sum (&acc)[M][V]) const {
+  __attribute__((always_inline)) void accumulate_element(int e, const uint32_t* x,
+                                                         Sum (&acc)[M][V]) const {
     __builtin_prefetch(x + kPrefetchElements, 0, 3);
     Weight weight[V];
 #pragma GCC unroll 16
@@ -112,19 +115,41 @@ struct UnpackedGroup {
   }
 };
 
-// Asks kCount lines from `begin` on into L2.
-template <int kCount>
-void prefetch_lines(const uint8_t* begin) {
+// Asks for kCount lines: of the strip further on when the tile reads one long strip, else those
+// from `ahead` on.
+template <Source kSource, int kCount>
+__attribute__((always_inline)) inline void prefetch_lines(const uint8_t* begin,
+                                                          const uint8_t* ahead) {
 #pragma GCC unroll 16
-  for (int line = 0; line < kCount; ++line) __builtin_prefetch(begin + line * kLineBytes, 0, 2);
+  for (int line = 0; line < kCount * kLineBytes; line += kLineBytes) {
+    if constexpr (kSource == Source::kPacked) {
+#ifndef L4
+#define L1 3
+#define L2 6
+#define L3 9
+#define L4 12
+#endif
+      __builtin_prefetch(begin + line + L4 * kStripBlockBytes, 0, 3);
+      __builtin_prefetch(begin + line + L3 * kStripBlockBytes, 0, 3);
+      __builtin_prefetch(begin + line + L2 * kStripBlockBytes, 0, 3);
+      __builtin_prefetch(begin + line + L1 * kStripBlockBytes, 0, 3);
+#ifdef L5
+      __builtin_prefetch(begin + line + L5 * kStripBlockBytes, 0, 3);
+#endif
+    } else {
+      __builtin_prefetch(ahead + line, 0, 2);
+    }
+  }
 }
 
 // Adds blocks [0, num_blocks) of one register tile to sums (row i at sums + i * kStripRows).
 // x: element e of token i at [e * x_stride + i]. unpacked: scratch for num_blocks decoded blocks;
-// kPacked leaves it alone and takes any number of blocks.
+// kPacked leaves it alone and takes any number of blocks. ahead: as many blocks to come, which
+// kPackedKept asks for.
 template <int M, int V, Source kSource>
-void multiply_register_tile(const uint8_t* strip, Weight* unpacked, int64_t num_blocks,
-                            int first_vector, const uint32_t* x, int64_t x_stride, float* sums) {
+void multiply_register_tile(const uint8_t* strip, const uint8_t* ahead, Weight* unpacked,
+                            int64_t num_blocks, int first_vector, const uint32_t* x,
+                            int64_t x_stride, float* sums) {
   // Each accumulator is one chain of dependent multiplications. Few tokens make few chains, too few
   // to hide their latency: then the block's two groups run side by side.
   constexpr int kGroups = M * V <= kSideBySideSums ? 2 : 1;
@@ -143,8 +168,9 @@ void multiply_register_tile(const uint8_t* strip, Weight* unpacked, int64_t num_
   }
   for (int64_t block = 0; block < num_blocks; ++block) {
     const uint8_t* strip_block = strip + block * kStripBlockBytes;
-    const uint8_t* ahead = strip_block + nibble_offset(first_vector) + kPrefetchBytes;
-    if constexpr (!kUnpacked) prefetch_lines<kLines % kLinesPerBlock>(ahead);
+    const uint8_t* lines = strip_block + nibble_offset(first_vector);
+    const uint8_t* later = ahead + (lines - strip);
+    if constexpr (!kUnpacked) prefetch_lines<kSource, kLines % kLinesPerBlock>(lines, later);
     for (int group = 0; group < kGroupsPerBlock; group += kGroups) {
       Sum acc[kGroups][M][V];
 #pragma GCC unroll 2
@@ -177,7 +203,8 @@ void multiply_register_tile(const uint8_t* strip, Weight* unpacked, int64_t num_
           for (int g = 0; g < kGroups; ++g) {
             constexpr int kShare = kLines / kLinesPerBlock;
             const int line = (group + g) * kLinesPerGroup + q;
-            prefetch_lines<kShare>(ahead + (kLines % kLinesPerBlock + line * kShare) * kLineBytes);
+            const int offset = (kLines % kLinesPerBlock + line * kShare) * kLineBytes;
+            prefetch_lines<kSource, kShare>(lines + offset, later + offset);
             const uint32_t* xq = xg + (g * kLinesPerGroup + q) * kStepsPerLine * x_stride;
             PackedGroup<M, V, kSource == Source::kPackedKept>{strip_block, first_vector, group + g,
                                                               decoded + g * kGroupWeights}
@@ -215,17 +242,18 @@ void multiply_register_tile(const uint8_t* strip, Weight* unpacked, int64_t num_
 
 // All row vectors of the strip for M tokens.
 template <int M, Source kSource>
-void multiply_tokens(const uint8_t* strip, Weight* unpacked, int64_t num_blocks, const uint32_t* x,
-                     int64_t x_stride, float* sums) {
+void multiply_tokens(const uint8_t* strip, const uint8_t* ahead, Weight* unpacked,
+                     int64_t num_blocks, const uint32_t* x, int64_t x_stride, float* sums) {
   constexpr int V = vectors_at_once(M);
   static_assert(kVectorsPerStrip % V == 0);
   for (int first_vector = 0; first_vector < kVectorsPerStrip; first_vector += V) {
-    multiply_register_tile<M, V, kSource>(strip, unpacked, num_blocks, first_vector, x, x_stride,
-                                          sums);
+    multiply_register_tile<M, V, kSource>(strip, ahead, unpacked, num_blocks, first_vector, x,
+                                          x_stride, sums);
   }
 }
 
-using MultiplyTokens = void (*)(const uint8_t*, Weight*, int64_t, const uint32_t*, int64_t, float*);
+using MultiplyTokens = void (*)(const uint8_t*, const uint8_t*, Weight*, int64_t, const uint32_t*,
+                                int64_t, float*);
 
 template <Source kSource>
 MultiplyTokens multiply_tokens_for(int64_t tokens) {
@@ -261,18 +289,20 @@ void keep_step(const Line& line, Weight* kept) {
   if constexpr (Step + 1 < kStepsPerLine) keep_step<Step + 1>(line, kept + kVectorsPerStrip);
 }
 
-// Decodes blocks of a strip into scratch and does nothing else.
-void unpack_blocks(const uint8_t* strip_blocks, int64_t blocks, Weight* unpacked) {
+// Decodes blocks of a strip into scratch, asks for as many from `ahead` on and does nothing else.
+void unpack_blocks(const uint8_t* strip_blocks, const uint8_t* ahead, int64_t blocks,
+                   Weight* unpacked) {
   for (int64_t block = 0; block < blocks; ++block) {
     for (int row_line = 0; row_line < kGroupsPerBlock * kLinesPerGroup; ++row_line) {
       for (int v = 0; v < kVectorsPerStrip; ++v) {
-        const uint8_t* line = strip_blocks + nibble_offset(v) + row_line * kLineBytes;
-        __builtin_prefetch(line + kPrefetchBytes, 0, 2);
-        keep_step<0>(load_line(line), unpacked + v);
+        const int line = nibble_offset(v) + row_line * kLineBytes;
+        __builtin_prefetch(ahead + line, 0, 2);
+        keep_step<0>(load_line(strip_blocks + line), unpacked + v);
       }
       unpacked += kStepsPerLine * kVectorsPerStrip;
     }
     strip_blocks += kStripBlockBytes;
+    ahead += kStripBlockBytes;
   }
 }
 
@@ -283,13 +313,20 @@ void multiply_many_tokens(const MatmulTask& task) {
   const uint32_t* x = static_cast<const uint32_t*>(task.activations);
   Weight* unpacked = reinterpret_cast<Weight*>(task.scratch);
   const int64_t row_elements = task.num_blocks * kElementsPerBlock;
+  const int64_t strip_bytes = task.num_blocks * kStripBlockBytes;
+  const uint8_t* next =
+      task.next_strips != nullptr ? task.next_strips : task.strips + task.num_strips * strip_bytes;
   for (int64_t block = 0; block < task.num_blocks; block += kBlocksPerChunk) {
     const int64_t left = task.num_blocks - block;
     const int64_t blocks = left < kBlocksPerChunk ? left : kBlocksPerChunk;
     for (int64_t s = 0; s < task.num_strips; ++s) {
-      const uint8_t* chunk = task.strips + (s * task.num_blocks + block) * kStripBlockBytes;
+      const uint8_t* chunk = task.strips + s * strip_bytes + block * kStripBlockBytes;
+      // Behind the last chunk of a strip comes the first one, of the next task.
+      const uint8_t* ahead =
+          left > kBlocksAhead ? chunk + kBlocksAhead * kStripBlockBytes
+                              : next + s * strip_bytes + (kBlocksAhead - left) * kStripBlockBytes;
       float* sums = task.sums + s * task.num_tokens * kStripRows;
-      if constexpr (!kDecodesBetween) unpack_blocks(chunk, blocks, unpacked);
+      if constexpr (!kDecodesBetween) unpack_blocks(chunk, ahead, blocks, unpacked);
       for (int64_t tile = 0; tile < task.num_tokens; tile += kTokensPerTile) {
         const int64_t tokens_left = task.num_tokens - tile;
         const int64_t tokens = tokens_left < kTokensPerTile ? tokens_left : kTokensPerTile;
@@ -301,7 +338,7 @@ void multiply_many_tokens(const MatmulTask& task) {
           const MultiplyTokens multiply = kDecodesBetween && tile + begin == 0
                                               ? multiply_tokens_for<Source::kPackedKept>(width)
                                               : multiply_tokens_for<Source::kUnpacked>(width);
-          multiply(chunk, unpacked, blocks, tile_x + begin, tokens,
+          multiply(chunk, ahead, unpacked, blocks, tile_x + begin, tokens,
                    sums + (tile + begin) * kStripRows);
         }
       }
@@ -317,8 +354,8 @@ void matmul(const MatmulTask& task) {
   }
   const MultiplyTokens multiply = multiply_tokens_for<Source::kPacked>(task.num_tokens);
   for (int64_t s = 0; s < task.num_strips; ++s) {
-    multiply(task.strips + s * task.num_blocks * kStripBlockBytes,
-             reinterpret_cast<Weight*>(task.scratch), task.num_blocks,
+    const uint8_t* strip = task.strips + s * task.num_blocks * kStripBlockBytes;
+    multiply(strip, strip, reinterpret_cast<Weight*>(task.scratch), task.num_blocks,
              static_cast<const uint32_t*>(task.activations), task.num_tokens,
              task.sums + s * task.num_tokens * kStripRows);
   }
