@@ -21,10 +21,17 @@ constexpr int kVectorsPerPanel = kPanelRows / kRowsPerVector;
 constexpr int kElementsPerGroup = kLinesPerGroup * kStepsPerLine;
 constexpr int kElementsPerBlock = kGroupsPerBlock * kElementsPerGroup;
 
-// How many blocks ahead of its use a weight line is asked into L2. On a 2-core Zen 4 (2026-11),
-// share of the read roof at one token by distance: none 0.48, 4 0.52, 10 0.61, 14 0.86, 20 0.86, 40
-// 0.85, 80 0.80; into L1 instead 0.46. Spread over the block 0.90.
+// How many blocks ahead of its use a weight line is asked into L2 when several register tiles read
+// the same weights: the first one has them at the pace of the others' multiplications.
 constexpr int kBlocksAhead = 20;
+
+// A single tile streams weights as fast as memory gives them. A prefetch that finds no free miss
+// buffer is dropped, and a line that was dropped stalls everything behind it. So each line is asked
+// for again and again, into L1, these many panels ahead; what is there or under way costs nothing
+// but the instruction. One token on a 2-core Zen 5 (2026-11), share of the read roof by distances
+// in panels: once into L2 (40) 0.73; into L1 20 0.78; 16 8 0.84; 18 12 6 0.87; 24 18 12 6 0.92; 20
+// 16 12 8 4 0.95; these 0.97; 8 6 5 4 3 2 0.68.
+constexpr int kPanelsAheadInL1[] = {24, 16, 12, 8, 5, 3};
 
 // How far ahead activations are asked into L1 by tiles that do nothing but multiply: 12 elements of
 // a full tile. 192 tokens, one core of a Zen 4: 0.86 of the vdpbf16ps roof without, 0.89 with.
@@ -115,37 +122,27 @@ struct UnpackedGroup {
   }
 };
 
-// Asks for kCount lines: of the strip further on when the tile reads one long strip, else those
-// from `ahead` on.
+// Asks for kCount lines from `ahead` on into L2, and when kSource streams for those behind `lines`
+// into L1.
 template <Source kSource, int kCount>
-__attribute__((always_inline)) inline void prefetch_lines(const uint8_t* begin,
+__attribute__((always_inline)) inline void prefetch_lines(const uint8_t* lines,
                                                           const uint8_t* ahead) {
 #pragma GCC unroll 16
   for (int line = 0; line < kCount * kLineBytes; line += kLineBytes) {
+    __builtin_prefetch(ahead + line, 0, 2);
     if constexpr (kSource == Source::kPacked) {
-#ifndef L4
-#define L1 3
-#define L2 6
-#define L3 9
-#define L4 12
-#endif
-      __builtin_prefetch(begin + line + L4 * kStripBlockBytes, 0, 3);
-      __builtin_prefetch(begin + line + L3 * kStripBlockBytes, 0, 3);
-      __builtin_prefetch(begin + line + L2 * kStripBlockBytes, 0, 3);
-      __builtin_prefetch(begin + line + L1 * kStripBlockBytes, 0, 3);
-#ifdef L5
-      __builtin_prefetch(begin + line + L5 * kStripBlockBytes, 0, 3);
-#endif
-    } else {
-      __builtin_prefetch(ahead + line, 0, 2);
+#pragma GCC unroll 16
+      for (const int panels : kPanelsAheadInL1) {
+        __builtin_prefetch(lines + panels * kPanelBytes + line, 0, 3);
+      }
     }
   }
 }
 
 // Adds blocks [0, num_blocks) of one register tile to sums (row i at sums + i * kStripRows).
 // x: element e of token i at [e * x_stride + i]. unpacked: scratch for num_blocks decoded blocks;
-// kPacked leaves it alone and takes any number of blocks. ahead: as many blocks to come, which
-// kPackedKept asks for.
+// kPacked leaves it alone and takes any number of blocks. ahead: as many blocks to come, to be
+// asked for meanwhile.
 template <int M, int V, Source kSource>
 void multiply_register_tile(const uint8_t* strip, const uint8_t* ahead, Weight* unpacked,
                             int64_t num_blocks, int first_vector, const uint32_t* x,
@@ -355,8 +352,8 @@ void matmul(const MatmulTask& task) {
   const MultiplyTokens multiply = multiply_tokens_for<Source::kPacked>(task.num_tokens);
   for (int64_t s = 0; s < task.num_strips; ++s) {
     const uint8_t* strip = task.strips + s * task.num_blocks * kStripBlockBytes;
-    multiply(strip, strip, reinterpret_cast<Weight*>(task.scratch), task.num_blocks,
-             static_cast<const uint32_t*>(task.activations), task.num_tokens,
+    multiply(strip, strip + kStreamAheadBytes, reinterpret_cast<Weight*>(task.scratch),
+             task.num_blocks, static_cast<const uint32_t*>(task.activations), task.num_tokens,
              task.sums + s * task.num_tokens * kStripRows);
   }
 }
