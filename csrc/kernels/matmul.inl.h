@@ -7,6 +7,7 @@
 //   kStepsPerLine            elements per line: 4 (bf16 pairs) or 8 (fp32)
 //   kRegisterTokens          most tokens held in accumulators at once: 6 or 8
 //   kDecodesBetween          whether registers are left for decoding between multiplications
+//   kStreamTokens            up to so many tokens decode faster than memory gives weights
 //   kSideBySideSums          up to so many accumulators, both groups of a block run side by side
 //   vectors_at_once(tokens)  row vectors held in accumulators beside that many tokens
 //   load_line, decode<step>, multiply_add, scale_add, zero, load, store
@@ -21,16 +22,15 @@ constexpr int kVectorsPerPanel = kPanelRows / kRowsPerVector;
 constexpr int kElementsPerGroup = kLinesPerGroup * kStepsPerLine;
 constexpr int kElementsPerBlock = kGroupsPerBlock * kElementsPerGroup;
 
-// How many blocks ahead of its use a weight line is asked into L2 when several register tiles read
-// the same weights: the first one has them at the pace of the others' multiplications.
-constexpr int kBlocksAhead = 20;
+// How far ahead of its use a weight line is asked into L2 where multiplying sets the pace.
+constexpr int kAheadBytes = 20 * kStripBlockBytes;
 
-// A single tile streams weights as fast as memory gives them. A prefetch that finds no free miss
-// buffer is dropped, and a line that was dropped stalls everything behind it. So each line is asked
-// for again and again, into L1, these many panels ahead; what is there or under way costs nothing
-// but the instruction. One token on a 2-core Zen 5 (2026-11), share of the read roof by distances
-// in panels: once into L2 (40) 0.73; into L1 20 0.78; 16 8 0.84; 18 12 6 0.87; 24 18 12 6 0.92; 20
-// 16 12 8 4 0.95; these 0.97; 8 6 5 4 3 2 0.68.
+// Where memory sets the pace, kStreamAheadBytes. And a prefetch that finds no free miss buffer is
+// dropped, and a line that was dropped stalls everything behind it. So there each line is asked for
+// again and again, into L1, these many panels ahead; what is there or under way costs nothing but
+// the instruction. One token on a 2-core Zen 5 (2026-11), share of the read roof by distances in
+// panels: once into L2 (40) 0.73; into L1 20 0.78; 16 8 0.84; 18 12 6 0.87; 24 18 12 6 0.92;
+// 20 16 12 8 4 0.95; these 0.97; 8 6 5 4 3 2 0.68.
 constexpr int kPanelsAheadInL1[] = {24, 16, 12, 8, 5, 3};
 
 // How far ahead activations are asked into L1 by tiles that do nothing but multiply: 12 elements of
@@ -122,15 +122,14 @@ struct UnpackedGroup {
   }
 };
 
-// Asks for kCount lines from `ahead` on into L2, and when kSource streams for those behind `lines`
-// into L1.
-template <Source kSource, int kCount>
+// Asks for kCount lines from `ahead` on into L2; in a stream, for those behind `lines` into L1.
+template <bool kStream, int kCount>
 __attribute__((always_inline)) inline void prefetch_lines(const uint8_t* lines,
                                                           const uint8_t* ahead) {
 #pragma GCC unroll 16
   for (int line = 0; line < kCount * kLineBytes; line += kLineBytes) {
     __builtin_prefetch(ahead + line, 0, 2);
-    if constexpr (kSource == Source::kPacked) {
+    if constexpr (kStream) {
 #pragma GCC unroll 16
       for (const int panels : kPanelsAheadInL1) {
         __builtin_prefetch(lines + panels * kPanelBytes + line, 0, 3);
@@ -151,6 +150,7 @@ void multiply_register_tile(const uint8_t* strip, const uint8_t* ahead, Weight* 
   // to hide their latency: then the block's two groups run side by side.
   constexpr int kGroups = M * V <= kSideBySideSums ? 2 : 1;
   constexpr bool kUnpacked = kSource == Source::kUnpacked;
+  constexpr bool kStream = kSource == Source::kPacked && M <= kStreamTokens;
   // What this tile reads of a later block is asked for in even shares, one with each line of
   // nibbles.
   constexpr int kLines = kStripBlockBytes * V / kVectorsPerStrip / kLineBytes;
@@ -167,7 +167,7 @@ void multiply_register_tile(const uint8_t* strip, const uint8_t* ahead, Weight* 
     const uint8_t* strip_block = strip + block * kStripBlockBytes;
     const uint8_t* lines = strip_block + nibble_offset(first_vector);
     const uint8_t* later = ahead + (lines - strip);
-    if constexpr (!kUnpacked) prefetch_lines<kSource, kLines % kLinesPerBlock>(lines, later);
+    if constexpr (!kUnpacked) prefetch_lines<kStream, kLines % kLinesPerBlock>(lines, later);
     for (int group = 0; group < kGroupsPerBlock; group += kGroups) {
       Sum acc[kGroups][M][V];
 #pragma GCC unroll 2
@@ -201,7 +201,7 @@ void multiply_register_tile(const uint8_t* strip, const uint8_t* ahead, Weight* 
             constexpr int kShare = kLines / kLinesPerBlock;
             const int line = (group + g) * kLinesPerGroup + q;
             const int offset = (kLines % kLinesPerBlock + line * kShare) * kLineBytes;
-            prefetch_lines<kSource, kShare>(lines + offset, later + offset);
+            prefetch_lines<kStream, kShare>(lines + offset, later + offset);
             const uint32_t* xq = xg + (g * kLinesPerGroup + q) * kStepsPerLine * x_stride;
             PackedGroup<M, V, kSource == Source::kPackedKept>{strip_block, first_vector, group + g,
                                                               decoded + g * kGroupWeights}
@@ -319,9 +319,9 @@ void multiply_many_tokens(const MatmulTask& task) {
     for (int64_t s = 0; s < task.num_strips; ++s) {
       const uint8_t* chunk = task.strips + s * strip_bytes + block * kStripBlockBytes;
       // Behind the last chunk of a strip comes the first one, of the next task.
-      const uint8_t* ahead =
-          left > kBlocksAhead ? chunk + kBlocksAhead * kStripBlockBytes
-                              : next + s * strip_bytes + (kBlocksAhead - left) * kStripBlockBytes;
+      const uint8_t* ahead = left * kStripBlockBytes > kAheadBytes
+                                 ? chunk + kAheadBytes
+                                 : next + s * strip_bytes + kAheadBytes - left * kStripBlockBytes;
       float* sums = task.sums + s * task.num_tokens * kStripRows;
       if constexpr (!kDecodesBetween) unpack_blocks(chunk, ahead, blocks, unpacked);
       for (int64_t tile = 0; tile < task.num_tokens; tile += kTokensPerTile) {
@@ -350,10 +350,11 @@ void matmul(const MatmulTask& task) {
     return;
   }
   const MultiplyTokens multiply = multiply_tokens_for<Source::kPacked>(task.num_tokens);
+  const int64_t ahead_bytes = task.num_tokens <= kStreamTokens ? kStreamAheadBytes : kAheadBytes;
   for (int64_t s = 0; s < task.num_strips; ++s) {
     const uint8_t* strip = task.strips + s * task.num_blocks * kStripBlockBytes;
-    multiply(strip, strip + kStreamAheadBytes, reinterpret_cast<Weight*>(task.scratch),
-             task.num_blocks, static_cast<const uint32_t*>(task.activations), task.num_tokens,
+    multiply(strip, strip + ahead_bytes, reinterpret_cast<Weight*>(task.scratch), task.num_blocks,
+             static_cast<const uint32_t*>(task.activations), task.num_tokens,
              task.sums + s * task.num_tokens * kStripRows);
   }
 }
