@@ -14,9 +14,10 @@
 
 namespace hybridk2 {
 
-// How long a worker spins for the next region before it sleeps, yielding its CPU to whoever needs it.
-// Between two layers lie some tens of microseconds, and 70 to 100 when a caller in Python submits one
-// after the other (2-core Zen 5, 2026-11); a sleeping thread costs about 30 more to wake.
+// How long a worker spins for the next region before it sleeps, yielding its CPU to whoever needs
+// it. Between two layers lie some tens of microseconds, and 70 to 100 when a caller in Python
+// submits one after the other (2-core Zen 5, 2026-11); a sleeping thread costs about 30 more to
+// wake.
 constexpr std::chrono::microseconds kSpin{200};
 
 // One CPU per physical core that this thread may run on, in ascending order, then their siblings.
