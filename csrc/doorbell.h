@@ -7,6 +7,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
+#include <thread>
 
 namespace hybridk2 {
 
@@ -29,6 +30,8 @@ class Doorbell {
           if (condition()) return;
           _mm_pause();
         }
+        // What this thread waits for may need its CPU: a caller, when workers have all of them.
+        std::this_thread::yield();
       } while (std::chrono::steady_clock::now() < deadline);
     }
     std::unique_lock<std::mutex> lock(mutex_);

@@ -27,8 +27,8 @@ namespace hybridk2 {
 namespace {
 
 // A block of one expert's tokens is multiplied at once: with four strips, its sums (96 KB) and its
-// slice of the activations (96 KB) stay in L2, and weights are decoded once for 16 tiles.
-constexpr int64_t kTokensPerBlock = 16 * kTokensPerTile;
+// slice of the activations (96 KB) stay in L2, and weights are decoded once for 8 tiles.
+constexpr int64_t kTokensPerBlock = 8 * kTokensPerTile;
 constexpr int64_t kMaxStripsPerItem = 4;
 constexpr size_t kSumsBytes = sizeof(float) * kMaxStripsPerItem * kTokensPerBlock * kStripRows;
 constexpr size_t kWorkerBytes = kSumsBytes + kScratchBytes;
@@ -122,11 +122,20 @@ LayerRunner::WorkerScratch LayerRunner::scratch(int worker) const {
   return {reinterpret_cast<float*>(begin), begin + kSumsBytes};
 }
 
+const ActivationKernels& LayerRunner::kernels_for(Precision precision) const {
+  return precision == Precision::kBf16 ? *kernels_.bf16 : *kernels_.fp32;
+}
+
 void LayerRunner::run(const LayerCall& call) {
-  const int64_t slot_bytes =
-      sizeof(uint32_t) * (padded(shape_.hidden) + padded(shape_.intermediate));
-  const int64_t pass_tokens =
+  const int columns_per_element = kernels_for(call.precision).columns_per_element;
+  const int64_t slot_bytes = sizeof(uint32_t) *
+                             (padded(shape_.hidden) + padded(shape_.intermediate)) /
+                             columns_per_element;
+  const int64_t most_tokens =
       std::max<int64_t>(1, kPassBytes / (slot_bytes * std::max<int64_t>(1, call.top_k)));
+  // Passes of equal size: every one of them reads and decodes the weights.
+  const int64_t passes = std::max<int64_t>(1, ceil_div(call.num_tokens, most_tokens));
+  const int64_t pass_tokens = ceil_div(call.num_tokens, passes);
   for (int64_t begin = 0; begin < call.num_tokens; begin += pass_tokens) {
     LayerCall part = call;
     part.num_tokens = std::min(pass_tokens, call.num_tokens - begin);
@@ -161,7 +170,7 @@ void LayerRunner::run_pass(const LayerCall& call) {
 
 void LayerRunner::plan(Pass& pass) {
   const LayerCall& call = pass.call;
-  pass.kernels = call.precision == Precision::kBf16 ? kernels_.bf16 : kernels_.fp32;
+  pass.kernels = &kernels_for(call.precision);
   pass.routing =
       route(call.expert_ids, call.weights, call.num_tokens, call.top_k, shape_.num_experts);
   const int64_t num_slots = static_cast<int64_t>(pass.routing.slots.size());
@@ -334,15 +343,20 @@ void LayerRunner::down_to_output(Pass& pass, int worker) {
       for (int64_t token = 0; token < pass.call.num_tokens; ++token) {
         std::memset(out + token * shape_.hidden, 0, sizeof(float) * count * kStripRows);
       }
-      for (const ExpertRun& run : pass.routing.runs) {
-        const uint8_t* weights =
-            weights_.down(node, pass.call.layer, run.expert) + in_slice * strip_bytes;
+      const auto weights_of = [&](const ExpertRun& run) {
+        return weights_.down(node, pass.call.layer, run.expert) + in_slice * strip_bytes;
+      };
+      const std::vector<ExpertRun>& runs = pass.routing.runs;
+      for (size_t r = 0; r < runs.size(); ++r) {
+        const ExpertRun& run = runs[r];
+        const uint8_t* weights = weights_of(run);
+        const uint8_t* next_weights = r + 1 < runs.size() ? weights_of(runs[r + 1]) : nullptr;
         for (int64_t begin = 0; begin < run.num_tokens; begin += kTokensPerBlock) {
           const int64_t slot = run.first_slot + begin;
           const int64_t tokens = std::min(kTokensPerBlock, run.num_tokens - begin);
           pass.kernels->matmul({weights, count, num_blocks,
                                 pass.intermediates + slot * pass.middle_elements, tokens, mine.sums,
-                                mine.unpacked});
+                                mine.unpacked, next_weights});
           for (int64_t s = 0; s < count; ++s) {
             for (int64_t i = 0; i < tokens; ++i) {
               const Slot& to = pass.routing.slots[slot + i];

@@ -64,6 +64,7 @@ class LayerRunner {
     int64_t down_strips = 1;
   };
 
+  const ActivationKernels& kernels_for(Precision precision) const;
   void run_pass(const LayerCall& call);
   void plan(Pass& pass);
   void plan_node(const Pass& pass, int node);

@@ -15,9 +15,11 @@
 
 namespace hybridk2 {
 
-// How long a worker spins for the next region before it sleeps. Between two MoE layers of a decode
-// step lie some tens of microseconds; a sleeping thread costs about as much again to wake.
-constexpr std::chrono::microseconds kSpin{50};
+// How long a worker spins for the next region before it sleeps, yielding its CPU to whoever needs
+// it. Between two layers lie some tens of microseconds, and 70 to 100 when a caller in Python
+// submits one after the other (2-core Zen 5, 2026-11); a sleeping thread costs about 30 more to
+// wake.
+constexpr std::chrono::microseconds kSpin{200};
 
 // Data that different cores write lies this far apart: two lines, as processors fetch them in
 // pairs.

@@ -43,9 +43,6 @@ static_assert(kElementsPerGroup == kTileRows && kPanelRows * 4 == kTileRowBytes)
 // of 16 in part behind them). It changes no result.
 constexpr int64_t kFewestTileTokens = 4;
 
-// How far ahead of its use a weight line is asked into L2; as in matmul.inl.h.
-constexpr int kPrefetchBytes = 4 * kStripBlockBytes;
-
 constexpr int nibble_offset(int vector) {
   return vector / kVectorsPerPanel * kPanelBytes + vector % kVectorsPerPanel * kRowsPerVector * 4;
 }
@@ -105,7 +102,7 @@ void multiply_few(const uint8_t* strip, int64_t num_blocks, const uint32_t* x, f
     const uint8_t* strip_block = strip + block * kStripBlockBytes;
 #pragma GCC unroll 18
     for (int byte = 0; byte < kStripBlockBytes; byte += kLineBytes) {
-      __builtin_prefetch(strip_block + kPrefetchBytes + byte, 0, 2);
+      __builtin_prefetch(strip_block + kStreamAheadBytes + byte, 0, 2);
     }
     for (int group = 0; group < kGroupsPerBlock; ++group) {
       FewTokens<M> acc;
@@ -160,7 +157,7 @@ void unpack_block(const uint8_t* strip_block, uint8_t* tiles) {
       const uint8_t* lines = strip_block + nibble_offset(v) + group * kLinesPerGroup * kLineBytes;
       for (int q = 0; q < kLinesPerGroup; ++q) {
         const Line line = load_line(lines + q * kLineBytes);
-        __builtin_prefetch(lines + q * kLineBytes + kPrefetchBytes, 0, 2);
+        __builtin_prefetch(lines + q * kLineBytes + kStreamAheadBytes, 0, 2);
         store_weight(out + (q * kElementsPerLine + 0) * kTileRowBytes, decode<0>(line));
         store_weight(out + (q * kElementsPerLine + 1) * kTileRowBytes, decode<1>(line));
         store_weight(out + (q * kElementsPerLine + 2) * kTileRowBytes, decode<2>(line));

@@ -11,6 +11,7 @@ constexpr int kStepsPerLine = 8;
 constexpr int kColumnsPerElement = 1;
 constexpr int kRegisterTokens = 6;
 constexpr bool kDecodesBetween = false;
+constexpr int kStreamTokens = 0;
 constexpr int kSideBySideSums = 0;
 
 using Sum = __m256;

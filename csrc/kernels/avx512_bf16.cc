@@ -11,7 +11,8 @@ constexpr int kStepsPerLine = 4;
 constexpr int kColumnsPerElement = 2;
 constexpr int kRegisterTokens = 8;
 constexpr bool kDecodesBetween = true;
-constexpr int kSideBySideSums = 6;
+constexpr int kStreamTokens = 4;
+constexpr int kSideBySideSums = 8;
 
 using Sum = __m512;
 using Weight = __m512i;  // 32 x bf16

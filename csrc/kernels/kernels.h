@@ -53,9 +53,9 @@ constexpr int kPanelBytes = kPanelNibbleBytes + kPanelRows * kGroupsPerBlock * 2
 constexpr int kStripRows = 2 * kPanelRows;
 constexpr int kStripBlockBytes = 2 * kPanelBytes;
 
-// A multiple of what any instruction set holds in its registers (6), so that full tiles divide
-// evenly.
-constexpr int kTokensPerTile = 12;
+// A multiple of what each instruction set holds in its registers (6 or 8), so that full tiles
+// divide evenly.
+constexpr int kTokensPerTile = 24;
 
 // Scratch for one thread: unpacked weights of one strip and a few blocks, small enough for L1.
 constexpr int kScratchBytes = 16 * 1024;
@@ -68,6 +68,8 @@ struct MatmulTask {
   int64_t num_tokens;
   float* sums;       // out: (num_strips, num_tokens, kStripRows), 64-byte aligned
   uint8_t* scratch;  // kScratchBytes, 64-byte aligned
+  // Where the next task's strips lie, to be asked for ahead and not read; null: behind these.
+  const uint8_t* next_strips = nullptr;
 };
 
 struct SwigluTask {
@@ -87,6 +89,10 @@ struct ArithmeticTask {
   int64_t rounds;
 };
 constexpr int kArithmeticSums = 256;
+
+// How far ahead of its use a weight line that is read as one stream is asked into L2: a matter of
+// the processor, not of its instruction set, so dispatch.cc knows it.
+extern const int64_t kStreamAheadBytes;
 
 // The kernels for one precision of activations.
 struct ActivationKernels {

@@ -7,6 +7,7 @@
 //   kStepsPerLine            elements per line: 4 (bf16 pairs) or 8 (fp32)
 //   kRegisterTokens          most tokens held in accumulators at once: 6 or 8
 //   kDecodesBetween          whether registers are left for decoding between multiplications
+//   kStreamTokens            up to so many tokens decode faster than memory gives weights
 //   kSideBySideSums          up to so many accumulators, both groups of a block run side by side
 //   vectors_at_once(tokens)  row vectors held in accumulators beside that many tokens
 //   load_line, decode<step>, multiply_add, scale_add, zero, load, store
@@ -21,14 +22,20 @@ constexpr int kVectorsPerPanel = kPanelRows / kRowsPerVector;
 constexpr int kElementsPerGroup = kLinesPerGroup * kStepsPerLine;
 constexpr int kElementsPerBlock = kGroupsPerBlock * kElementsPerGroup;
 
-// How far ahead of its use a weight line is asked into L2. On a 2-core Zen 4 (2026-11), share of
-// the read roof at one token by distance in blocks: none 0.48, 4 0.52, 10 0.61, 14 0.86, 20 0.86,
-// 40 0.85, 80 0.80; into L1 instead 0.46. Spread over the block 0.90.
-constexpr int kPrefetchBytes = 20 * kStripBlockBytes;
+// How far ahead of its use a weight line is asked into L2 where multiplying sets the pace.
+constexpr int kAheadBytes = 20 * kStripBlockBytes;
 
-// How far ahead activations are asked into L1 by tiles that do nothing but multiply: 24 elements of
-// a full tile. 192 tokens, one core: 0.86 of the vdpbf16ps roof without, 0.89 with.
-constexpr int kPrefetchElements = 24 * kTokensPerTile;
+// Where memory sets the pace, kStreamAheadBytes. And a prefetch that finds no free miss buffer is
+// dropped, and a line that was dropped stalls everything behind it. So there each line is asked for
+// again and again, into L1, these many panels ahead; what is there or under way costs nothing but
+// the instruction. One token on a 2-core Zen 5 (2026-11), share of the read roof by distances in
+// panels: once into L2 (40) 0.73; into L1 20 0.78; 16 8 0.84; 18 12 6 0.87; 24 18 12 6 0.92;
+// 20 16 12 8 4 0.95; these 0.97; 8 6 5 4 3 2 0.68.
+constexpr int kPanelsAheadInL1[] = {24, 16, 12, 8, 5, 3};
+
+// How far ahead activations are asked into L1 by tiles that do nothing but multiply: 12 elements of
+// a full tile. 192 tokens, one core of a Zen 4: 0.86 of the vdpbf16ps roof without, 0.89 with.
+constexpr int kPrefetchElements = 12 * kTokensPerTile;
 
 constexpr int nibble_offset(int vector) {
   return vector / kVectorsPerPanel * kPanelBytes + vector % kVectorsPerPanel * kRowsPerVector * 4;
@@ -56,8 +63,9 @@ struct PackedGroup {
   Weight* kept;
 
   template <int Step>
-  static void step(const Line (&line)[V], Weight* keep, const uint32_t* x, int64_t x_stride,
-                   Sum (&acc)[M][V]) {
+  __attribute__((always_inline)) static void step(const Line (&line)[V], Weight* keep,
+                                                  const uint32_t* x, int64_t x_stride,
+                                                  Sum (&acc)[M][V]) {
     Weight weight[V];
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
@@ -72,7 +80,8 @@ struct PackedGroup {
     }
   }
 
-  void accumulate_line(int q, const uint32_t* x, int64_t x_stride, Sum (&acc)[M][V]) const {
+  __attribute__((always_inline)) void accumulate_line(int q, const uint32_t* x, int64_t x_stride,
+                                                      Sum (&acc)[M][V]) const {
     Weight* keep = kKeep ? kept + q * kStepsPerLine * kVectorsPerStrip : nullptr;
     Line line[V];
 #pragma GCC unroll 16
@@ -98,7 +107,8 @@ template <int M, int V>
 struct UnpackedGroup {
   const Weight* weights;
 
-  void accumulate_element(int e, const uint32_t* x, Sum (&acc)[M][V]) const {
+  __attribute__((always_inline)) void accumulate_element(int e, const uint32_t* x,
+                                                         Sum (&acc)[M][V]) const {
     __builtin_prefetch(x + kPrefetchElements, 0, 3);
     Weight weight[V];
 #pragma GCC unroll 16
@@ -112,23 +122,35 @@ struct UnpackedGroup {
   }
 };
 
-// Asks kCount lines from `begin` on into L2.
-template <int kCount>
-void prefetch_lines(const uint8_t* begin) {
+// Asks for kCount lines from `ahead` on into L2; in a stream, for those behind `lines` into L1.
+template <bool kStream, int kCount>
+__attribute__((always_inline)) inline void prefetch_lines(const uint8_t* lines,
+                                                          const uint8_t* ahead) {
 #pragma GCC unroll 16
-  for (int line = 0; line < kCount; ++line) __builtin_prefetch(begin + line * kLineBytes, 0, 2);
+  for (int line = 0; line < kCount * kLineBytes; line += kLineBytes) {
+    __builtin_prefetch(ahead + line, 0, 2);
+    if constexpr (kStream) {
+#pragma GCC unroll 16
+      for (const int panels : kPanelsAheadInL1) {
+        __builtin_prefetch(lines + panels * kPanelBytes + line, 0, 3);
+      }
+    }
+  }
 }
 
 // Adds blocks [0, num_blocks) of one register tile to sums (row i at sums + i * kStripRows).
 // x: element e of token i at [e * x_stride + i]. unpacked: scratch for num_blocks decoded blocks;
-// kPacked leaves it alone and takes any number of blocks.
+// kPacked leaves it alone and takes any number of blocks. ahead: as many blocks to come, to be
+// asked for meanwhile.
 template <int M, int V, Source kSource>
-void multiply_register_tile(const uint8_t* strip, Weight* unpacked, int64_t num_blocks,
-                            int first_vector, const uint32_t* x, int64_t x_stride, float* sums) {
+void multiply_register_tile(const uint8_t* strip, const uint8_t* ahead, Weight* unpacked,
+                            int64_t num_blocks, int first_vector, const uint32_t* x,
+                            int64_t x_stride, float* sums) {
   // Each accumulator is one chain of dependent multiplications. Few tokens make few chains, too few
   // to hide their latency: then the block's two groups run side by side.
   constexpr int kGroups = M * V <= kSideBySideSums ? 2 : 1;
   constexpr bool kUnpacked = kSource == Source::kUnpacked;
+  constexpr bool kStream = kSource == Source::kPacked && M <= kStreamTokens;
   // What this tile reads of a later block is asked for in even shares, one with each line of
   // nibbles.
   constexpr int kLines = kStripBlockBytes * V / kVectorsPerStrip / kLineBytes;
@@ -143,8 +165,9 @@ void multiply_register_tile(const uint8_t* strip, Weight* unpacked, int64_t num_
   }
   for (int64_t block = 0; block < num_blocks; ++block) {
     const uint8_t* strip_block = strip + block * kStripBlockBytes;
-    const uint8_t* ahead = strip_block + nibble_offset(first_vector) + kPrefetchBytes;
-    if constexpr (!kUnpacked) prefetch_lines<kLines % kLinesPerBlock>(ahead);
+    const uint8_t* lines = strip_block + nibble_offset(first_vector);
+    const uint8_t* later = ahead + (lines - strip);
+    if constexpr (!kUnpacked) prefetch_lines<kStream, kLines % kLinesPerBlock>(lines, later);
     for (int group = 0; group < kGroupsPerBlock; group += kGroups) {
       Sum acc[kGroups][M][V];
 #pragma GCC unroll 2
@@ -177,7 +200,8 @@ void multiply_register_tile(const uint8_t* strip, Weight* unpacked, int64_t num_
           for (int g = 0; g < kGroups; ++g) {
             constexpr int kShare = kLines / kLinesPerBlock;
             const int line = (group + g) * kLinesPerGroup + q;
-            prefetch_lines<kShare>(ahead + (kLines % kLinesPerBlock + line * kShare) * kLineBytes);
+            const int offset = (kLines % kLinesPerBlock + line * kShare) * kLineBytes;
+            prefetch_lines<kStream, kShare>(lines + offset, later + offset);
             const uint32_t* xq = xg + (g * kLinesPerGroup + q) * kStepsPerLine * x_stride;
             PackedGroup<M, V, kSource == Source::kPackedKept>{strip_block, first_vector, group + g,
                                                               decoded + g * kGroupWeights}
@@ -215,17 +239,18 @@ void multiply_register_tile(const uint8_t* strip, Weight* unpacked, int64_t num_
 
 // All row vectors of the strip for M tokens.
 template <int M, Source kSource>
-void multiply_tokens(const uint8_t* strip, Weight* unpacked, int64_t num_blocks, const uint32_t* x,
-                     int64_t x_stride, float* sums) {
+void multiply_tokens(const uint8_t* strip, const uint8_t* ahead, Weight* unpacked,
+                     int64_t num_blocks, const uint32_t* x, int64_t x_stride, float* sums) {
   constexpr int V = vectors_at_once(M);
   static_assert(kVectorsPerStrip % V == 0);
   for (int first_vector = 0; first_vector < kVectorsPerStrip; first_vector += V) {
-    multiply_register_tile<M, V, kSource>(strip, unpacked, num_blocks, first_vector, x, x_stride,
-                                          sums);
+    multiply_register_tile<M, V, kSource>(strip, ahead, unpacked, num_blocks, first_vector, x,
+                                          x_stride, sums);
   }
 }
 
-using MultiplyTokens = void (*)(const uint8_t*, Weight*, int64_t, const uint32_t*, int64_t, float*);
+using MultiplyTokens = void (*)(const uint8_t*, const uint8_t*, Weight*, int64_t, const uint32_t*,
+                                int64_t, float*);
 
 template <Source kSource>
 MultiplyTokens multiply_tokens_for(int64_t tokens) {
@@ -261,18 +286,20 @@ void keep_step(const Line& line, Weight* kept) {
   if constexpr (Step + 1 < kStepsPerLine) keep_step<Step + 1>(line, kept + kVectorsPerStrip);
 }
 
-// Decodes blocks of a strip into scratch and does nothing else.
-void unpack_blocks(const uint8_t* strip_blocks, int64_t blocks, Weight* unpacked) {
+// Decodes blocks of a strip into scratch, asks for as many from `ahead` on and does nothing else.
+void unpack_blocks(const uint8_t* strip_blocks, const uint8_t* ahead, int64_t blocks,
+                   Weight* unpacked) {
   for (int64_t block = 0; block < blocks; ++block) {
     for (int row_line = 0; row_line < kGroupsPerBlock * kLinesPerGroup; ++row_line) {
       for (int v = 0; v < kVectorsPerStrip; ++v) {
-        const uint8_t* line = strip_blocks + nibble_offset(v) + row_line * kLineBytes;
-        __builtin_prefetch(line + kPrefetchBytes, 0, 2);
-        keep_step<0>(load_line(line), unpacked + v);
+        const int line = nibble_offset(v) + row_line * kLineBytes;
+        __builtin_prefetch(ahead + line, 0, 2);
+        keep_step<0>(load_line(strip_blocks + line), unpacked + v);
       }
       unpacked += kStepsPerLine * kVectorsPerStrip;
     }
     strip_blocks += kStripBlockBytes;
+    ahead += kStripBlockBytes;
   }
 }
 
@@ -283,13 +310,20 @@ void multiply_many_tokens(const MatmulTask& task) {
   const uint32_t* x = static_cast<const uint32_t*>(task.activations);
   Weight* unpacked = reinterpret_cast<Weight*>(task.scratch);
   const int64_t row_elements = task.num_blocks * kElementsPerBlock;
+  const int64_t strip_bytes = task.num_blocks * kStripBlockBytes;
+  const uint8_t* next =
+      task.next_strips != nullptr ? task.next_strips : task.strips + task.num_strips * strip_bytes;
   for (int64_t block = 0; block < task.num_blocks; block += kBlocksPerChunk) {
     const int64_t left = task.num_blocks - block;
     const int64_t blocks = left < kBlocksPerChunk ? left : kBlocksPerChunk;
     for (int64_t s = 0; s < task.num_strips; ++s) {
-      const uint8_t* chunk = task.strips + (s * task.num_blocks + block) * kStripBlockBytes;
+      const uint8_t* chunk = task.strips + s * strip_bytes + block * kStripBlockBytes;
+      // Behind the last chunk of a strip comes the first one, of the next task.
+      const uint8_t* ahead = left * kStripBlockBytes > kAheadBytes
+                                 ? chunk + kAheadBytes
+                                 : next + s * strip_bytes + kAheadBytes - left * kStripBlockBytes;
       float* sums = task.sums + s * task.num_tokens * kStripRows;
-      if constexpr (!kDecodesBetween) unpack_blocks(chunk, blocks, unpacked);
+      if constexpr (!kDecodesBetween) unpack_blocks(chunk, ahead, blocks, unpacked);
       for (int64_t tile = 0; tile < task.num_tokens; tile += kTokensPerTile) {
         const int64_t tokens_left = task.num_tokens - tile;
         const int64_t tokens = tokens_left < kTokensPerTile ? tokens_left : kTokensPerTile;
@@ -301,7 +335,7 @@ void multiply_many_tokens(const MatmulTask& task) {
           const MultiplyTokens multiply = kDecodesBetween && tile + begin == 0
                                               ? multiply_tokens_for<Source::kPackedKept>(width)
                                               : multiply_tokens_for<Source::kUnpacked>(width);
-          multiply(chunk, unpacked, blocks, tile_x + begin, tokens,
+          multiply(chunk, ahead, unpacked, blocks, tile_x + begin, tokens,
                    sums + (tile + begin) * kStripRows);
         }
       }
@@ -316,9 +350,10 @@ void matmul(const MatmulTask& task) {
     return;
   }
   const MultiplyTokens multiply = multiply_tokens_for<Source::kPacked>(task.num_tokens);
+  const int64_t ahead_bytes = task.num_tokens <= kStreamTokens ? kStreamAheadBytes : kAheadBytes;
   for (int64_t s = 0; s < task.num_strips; ++s) {
-    multiply(task.strips + s * task.num_blocks * kStripBlockBytes,
-             reinterpret_cast<Weight*>(task.scratch), task.num_blocks,
+    const uint8_t* strip = task.strips + s * task.num_blocks * kStripBlockBytes;
+    multiply(strip, strip + ahead_bytes, reinterpret_cast<Weight*>(task.scratch), task.num_blocks,
              static_cast<const uint32_t*>(task.activations), task.num_tokens,
              task.sums + s * task.num_tokens * kStripRows);
   }
