@@ -58,6 +58,8 @@ def schema_text(schema: Schema, where: str) -> str:
     Raises RequestError, naming `where`, for what is not JSON, is too large, or has a keyword that
     cannot be held though the grammar would seem to.
     """
+    if _is_large(schema):
+        raise _too_large(where)
     try:
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
         text.encode()  # refuses half a surrogate pair, which no text can hold
@@ -67,16 +69,36 @@ def schema_text(schema: Schema, where: str) -> str:
     except (TypeError, ValueError) as error:
         raise RequestError(f"{where}: expected a JSON schema, found what is no JSON.") from error
     if len(text) > MAX_SCHEMA_CHARACTERS:
-        raise RequestError(
-            f"{where}: a schema of {len(text):,} characters; expected at most "
-            f"{MAX_SCHEMA_CHARACTERS:,}. Shorten its descriptions or its enums."
-        )
+        raise _too_large(where)
     held.pop("x-guidance", None)  # would reach the grammar's own settings
     _refuse_depth(held, where)
     for node in subschemas(held):
         _drop_annotations(node)
         _refuse_counts_of_keys(node, where)
     return json.dumps(held, ensure_ascii=False)
+
+
+def _is_large(schema: Schema) -> bool:
+    """Whether it is beyond the bound for certain. Writing all of it as JSON to find out would hold
+    up every other thread for as long as that takes."""
+    characters = 0
+    pending: list[Any] = [schema]
+    while pending and characters <= MAX_SCHEMA_CHARACTERS:
+        value = pending.pop()
+        characters += len(value) if isinstance(value, str) else 1
+        if isinstance(value, Mapping):
+            pending.extend(value.keys())
+            pending.extend(value.values())
+        elif isinstance(value, list):
+            pending.extend(value)
+    return characters > MAX_SCHEMA_CHARACTERS
+
+
+def _too_large(where: str) -> RequestError:
+    return RequestError(
+        f"{where}: a schema of more than {MAX_SCHEMA_CHARACTERS:,} characters; shorten its "
+        "descriptions or its enums."
+    )
 
 
 def _drop_annotations(node: dict[str, Any]) -> None:
