@@ -88,10 +88,8 @@ def malformed_bodies(fleet: Fleet, outcome: Outcome) -> None:
     outcome.hold(not wrong_shape, f"{len(wrong_shape)} errors of another shape: {wrong_shape[:1]}")
     outcome.hold(refused >= MALFORMED, f"only {refused} bodies were refused")
     outcome.hold(server.ask("/health").status == 200, "the server is not well afterwards")
-    outcome.say(
-        f"{refused} refused by name, {made} bodies of them or of the valid rest from schemathesis, "
-        f"{statuses[200]} valid ones answered, none with 5xx"
-    )
+    outcome.say(f"{refused} refused in the shape of an error ({made} requests of schemathesis)")
+    outcome.say(f"{statuses[200]} that stayed valid answered, none with 5xx")
 
 
 def _schemathesis_cases(server: Server, count: Any) -> int:
