@@ -9,13 +9,14 @@ NATIVE  := setup.py CMakeLists.txt $(shell find csrc -name '*.cc' -o -name '*.h'
 CXX_ALL := $(shell find csrc tests bench -name '*.cc' -o -name '*.h' -o -name '*.cpp' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat serve test soak lint format bench bench-peers sanitize clean
+.PHONY: help demo chat serve test soak gates lint format bench bench-peers sanitize clean
 
 help:
 	@echo "make demo      build, then watch the embedded model compare 9.11 with 9.9"
 	@echo "make chat      build, then talk to the embedded model"
 	@echo "make serve     build, then serve it over HTTP, with a chat page"
 	@echo "make test      the quick suite          make soak      the long one"
+	@echo "make gates     the release gates of the server: a line of figures each, 10 minutes"
 	@echo "make lint      ruff, mypy, clang-format make format    rewrite what lint would refuse"
 	@echo "make bench     the expert kernels against this machine's own roof"
 	@echo "make bench-peers  other engines for it, each in its own environment (minutes)"
@@ -36,6 +37,9 @@ test: $(VENV)/.built $(VENV)/.dev
 
 soak: $(VENV)/.built $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m soak
+
+gates: $(VENV)/.built $(VENV)/.dev
+	$(BIN)/python -m tests.gates $(GATES)
 
 lint: $(VENV)/.built $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -21,6 +17,7 @@ from click.testing import CliRunner
 
 from hybridk2.cli import main
 from tests.scripted_engine import until
+from tests.serve_process import started
 
 KEY = "a-key-of-some-length"
 BODY = {
@@ -29,58 +26,6 @@ BODY = {
     "max_tokens": 60,
     "temperature": 0,
 }
-
-
-class Process:
-    """A server process and what it wrote to standard error so far."""
-
-    def __init__(self, *arguments: str, **environment: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "hybridk2", "serve", "--port", "0", *arguments],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **environment},
-        )
-        self.lines: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        self.lines.extend(iter(self.process.stderr.readline, ""))
-
-    @property
-    def text(self) -> str:
-        return "".join(self.lines)
-
-    @property
-    def url(self) -> str:
-        assert until(lambda: "http://127.0.0.1:" in self.text, 30), self.text
-        found = re.search(r"http://127\.0\.0\.1:\d+", self.text)
-        assert found
-        return found.group()
-
-    def ready(self) -> str:
-        """Wait until the model answers; the server's address."""
-        url = self.url
-        assert until(lambda: httpx.get(f"{url}/health").status_code == 200, 60), self.text
-        return url
-
-    def ended(self, seconds: float) -> int:
-        """The exit status. Fails when the process does not end in time."""
-        code = self.process.wait(seconds)
-        self._reader.join(5)
-        return code
-
-
-@contextmanager
-def started(*arguments: str, **environment: str) -> Iterator[Process]:
-    process = Process(*arguments, **environment)
-    try:
-        yield process
-    finally:
-        process.process.kill()
-        process.process.wait()
 
 
 def test_it_listens_at_once_says_how_to_use_it_and_drains_at_sigterm(tmp_path: Path) -> None:

@@ -54,6 +54,9 @@ _GRAMMAR_OPTIONS: JsonCompileOptions = {
 _MAX_LEXER_STATES = 20_000
 # Of a search. A property takes about four; one takes 20 to 50 us on K2's vocabulary.
 _MAX_SEARCH_STEPS = 10_000
+# Of the search for a text of one pattern, where none was found by reading it. A step takes 1 ms in
+# a pattern of thousands of states, and the texts of patterns in use have some ten characters.
+_MAX_STRING_STEPS = 500
 _MAX_COMPLETION_TOKENS = 8_192
 _CACHED_SCHEMAS = 256
 _NO_VALUE = "no short value was found that is valid under it; simplify it."
@@ -229,7 +232,7 @@ class SchemaCompiler:
         schema: dict[str, Any] = {"type": "string"}
         schema.update((key, node[key]) for key in ("pattern", "format") if key in node)
         matcher = self._matcher(json.dumps(schema), where)
-        completion = self._search(schema).find(matcher, Position(), _MAX_SEARCH_STEPS)
+        completion = self._search(schema).find(matcher, Position(), _MAX_STRING_STEPS)
         if completion is None:
             raise RequestError(f"{where}: a pattern or a format: {_NO_VALUE}")
         return len(self._vocabulary.tokens(completion))

@@ -9,7 +9,9 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from typing import Any, TypeAlias
+from urllib.parse import unquote
 
 from hybridk2.chat.pattern_example import pattern_example
 from hybridk2.errors import RequestError
@@ -19,6 +21,11 @@ Schema: TypeAlias = Mapping[str, Any]
 # Compiling takes a second for the worst schema of this size that was found: thousands of optional
 # properties. Schemas in use have some thousand characters.
 MAX_SCHEMA_CHARACTERS = 100_000
+
+# Schemas inside each other, references followed. The grammar library follows them by recursion, and
+# ends the process when its stack ends: at 1,300 levels and more, with 8 MB. Schemas in use have
+# about 30.
+MAX_SCHEMA_LEVELS = 500
 
 # The formats that the grammar holds, each with a short text. JSON Schema (2020-12, validation,
 # section 7) makes `format` an annotation unless both sides agree otherwise, so a value need not
@@ -51,6 +58,8 @@ def schema_text(schema: Schema, where: str) -> str:
     Raises RequestError, naming `where`, for what is not JSON, is too large, or has a keyword that
     cannot be held though the grammar would seem to.
     """
+    if _is_large(schema):
+        raise _too_large(where)
     try:
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
         text.encode()  # refuses half a surrogate pair, which no text can hold
@@ -60,15 +69,36 @@ def schema_text(schema: Schema, where: str) -> str:
     except (TypeError, ValueError) as error:
         raise RequestError(f"{where}: expected a JSON schema, found what is no JSON.") from error
     if len(text) > MAX_SCHEMA_CHARACTERS:
-        raise RequestError(
-            f"{where}: a schema of {len(text):,} characters; expected at most "
-            f"{MAX_SCHEMA_CHARACTERS:,}. Shorten its descriptions or its enums."
-        )
+        raise _too_large(where)
     held.pop("x-guidance", None)  # would reach the grammar's own settings
+    _refuse_depth(held, where)
     for node in subschemas(held):
         _drop_annotations(node)
         _refuse_counts_of_keys(node, where)
     return json.dumps(held, ensure_ascii=False)
+
+
+def _is_large(schema: Schema) -> bool:
+    """Whether it is beyond the bound for certain. Writing all of it as JSON to find out would hold
+    up every other thread for as long as that takes."""
+    characters = 0
+    pending: list[Any] = [schema]
+    while pending and characters <= MAX_SCHEMA_CHARACTERS:
+        value = pending.pop()
+        characters += len(value) if isinstance(value, str) else 1
+        if isinstance(value, Mapping):
+            pending.extend(value.keys())
+            pending.extend(value.values())
+        elif isinstance(value, list):
+            pending.extend(value)
+    return characters > MAX_SCHEMA_CHARACTERS
+
+
+def _too_large(where: str) -> RequestError:
+    return RequestError(
+        f"{where}: a schema of more than {MAX_SCHEMA_CHARACTERS:,} characters; shorten its "
+        "descriptions or its enums."
+    )
 
 
 def _drop_annotations(node: dict[str, Any]) -> None:
@@ -94,21 +124,76 @@ def _refuse_counts_of_keys(node: dict[str, Any], where: str) -> None:
         )
 
 
+def _refuse_depth(schema: dict[str, Any], where: str) -> None:
+    """Refuse what is deep, by nesting or by a chain of references; removes the schema's own name.
+
+    For that every reference has to be one that can be followed here. Where definitions refer to
+    each other in a circle, the longest way through them is taken to be all of them.
+    """
+    own_names = ("id", "$id") if "draft-04" in str(schema.get("$schema")) else ("$id",)
+    for name in own_names:
+        schema.pop(name, None)
+    levels: dict[int, int] = {}  # of each definition that is referred to, and of the schema
+    refers: dict[int, set[int]] = {}
+    pending: list[Any] = [schema]
+    while pending:
+        definition = pending.pop()
+        key = id(definition)
+        if key in levels:
+            continue
+        levels[key], refers[key] = 1, set()
+        for node, level in _with_levels(definition):
+            levels[key] = max(levels[key], level)
+            if any(isinstance(node.get(name), str) for name in own_names):
+                raise RequestError(f"{where}: only the whole schema may have an $id.")
+            if isinstance(node.get("$ref"), str):
+                target = _resolve(node["$ref"], schema)
+                if target is None:
+                    raise RequestError(
+                        f"{where}: a $ref leads to nothing in the schema; expected one such as "
+                        '"#/$defs/NAME".'
+                    )
+                refers[key].add(id(target))
+                pending.append(target)
+    if _longest_way(levels, refers) > MAX_SCHEMA_LEVELS:
+        raise RequestError(
+            f"{where}: more than {MAX_SCHEMA_LEVELS} schemas inside each other, references "
+            "followed; flatten it."
+        )
+
+
+def _longest_way(levels: Mapping[int, int], refers: Mapping[int, set[int]]) -> int:
+    try:
+        order = list(TopologicalSorter(refers).static_order())
+    except CycleError:
+        return sum(levels.values())
+    ways: dict[int, int] = {}
+    for key in order:  # what is referred to comes first
+        ways[key] = levels[key] + max((ways[target] for target in refers[key]), default=0)
+    return max(ways.values())
+
+
 def subschemas(schema: Any) -> Iterator[dict[str, Any]]:
     """The schema and every schema inside it, parents first. Data (enum, default) is no schema."""
-    pending = [schema]
+    return (node for node, _ in _with_levels(schema))
+
+
+def _with_levels(schema: Any) -> Iterator[tuple[dict[str, Any], int]]:
+    """The same, each with how many schemas it is inside, itself included."""
+    pending = [(schema, 1)]
     while pending:
-        node = pending.pop()
+        node, level = pending.pop()
         if not isinstance(node, dict):
             continue
-        yield node
-        pending.extend(node[key] for key in _ONE_SCHEMA if key in node)
+        yield node, level
+        inner = [node[key] for key in _ONE_SCHEMA if key in node]
         for key in _LIST_OF_SCHEMAS:
             if isinstance(node.get(key), list):
-                pending.extend(node[key])
+                inner.extend(node[key])
         for key in _SCHEMAS_BY_NAME:
             if isinstance(node.get(key), dict):
-                pending.extend(node[key].values())
+                inner.extend(node[key].values())
+        pending.extend((child, level + 1) for child in inner)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,15 +247,18 @@ def _required_names(schema: Any, root: Any) -> set[str]:
 
 
 def _resolve(pointer: str, root: Any) -> Any:
-    """What a reference within a schema means; True, any value, for one that leads elsewhere."""
+    """What a reference within a schema means; None for one that leads elsewhere or nowhere."""
+    if pointer != "#" and not pointer.startswith("#/"):
+        return None
     node = root
-    if not pointer.startswith("#"):
-        return True
-    for part in pointer[1:].split("/")[1:]:
-        part = part.replace("~1", "/").replace("~0", "~")
-        if not isinstance(node, dict) or part not in node:
-            return True
-        node = node[part]
+    for part in unquote(pointer).split("/")[1:]:
+        name = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(node, list) and name.isdecimal() and int(name) < len(node):
+            node = node[int(name)]
+        elif isinstance(node, dict) and name in node:
+            node = node[name]
+        else:
+            return None
     return node
 
 

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
@@ -31,8 +32,10 @@ Start: TypeAlias = "Callable[[Assistant], ReplyInProgress]"
 
 Result = TypeVar("Result")
 
-# What a client that does not read may leave lying here before its request is ended.
-MAX_UNREAD_BYTES = 1 << 20
+# What a client that does not read may leave lying here before its request is ended. With what is
+# already on its way to the socket it costs less than 1 MB.
+MAX_UNREAD_BYTES = 512 << 10
+_TAKEN_BYTES = 64 << 10  # at once: what was taken counts as read, and waits in a buffer instead
 
 _PROMPT_THREADS = 2  # so that a long prompt does not make the short ones behind it wait
 _MEAN_OVER = 16  # replies that the mean of their seconds follows
@@ -47,7 +50,7 @@ class RemoteReply:
 
     def __init__(self, worker: EngineWorker) -> None:
         self._worker = worker
-        self._unread: list[Event] = []
+        self._unread: deque[Event] = deque()
         self._unread_bytes = 0
         self._error: BaseException | None = None
         self._reply: ReplyInProgress | None = None
@@ -79,11 +82,16 @@ class RemoteReply:
         return self._reply.prompt_tokens
 
     def take(self) -> list[Event]:
-        """What arrived since the last call. Raises the reply's error, after all that came first."""
-        events, self._unread, self._unread_bytes = self._unread, [], 0
-        if not events and self._error is not None:
+        """The next of what arrived. Raises the reply's error, after all that came first."""
+        if not self._unread and self._error is not None:
             raise self._error
-        if not self.ended:
+        events: list[Event] = []
+        taken_bytes = 0
+        while self._unread and taken_bytes < _TAKEN_BYTES:
+            events.append(self._unread.popleft())
+            taken_bytes += _bytes_of(events[-1])
+        self._unread_bytes -= taken_bytes
+        if not self._unread and not self.ended:
             self.arrived.clear()
         return events
 
@@ -106,6 +114,7 @@ class RemoteReply:
         if self._unread_bytes > MAX_UNREAD_BYTES and not ended:
             error = RequestError("the client does not read its reply; the reply was ended")
             self._unread.clear()
+            self._unread_bytes = 0
             self.cancel()
         if error is not None or ended:
             self._error = error
