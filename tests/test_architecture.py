@@ -22,14 +22,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # floors, and itself. Units on one floor do not know each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__init__",),
-    ("errors",),
+    ("errors", "durable_file"),
     ("config",),
     ("checkpoint", "tokenizer", "sampling", "hardware", "device"),
     ("chat", "placement"),
     ("planner",),
     ("experts", "kv_cache", "scheduler", "engine_stats"),
     ("model", "request"),
-    ("execution",),
+    ("execution", "measurement"),
     ("engine", "sessions"),
     ("assistant",),
     ("verification", "synthesis", "tuner", "server"),
