@@ -46,6 +46,7 @@ from hybridk2.sampling import (
     check_number_of_logprobs,
 )
 from hybridk2.scheduler import Priority, Scheduler
+from hybridk2.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -322,6 +323,11 @@ class Engine:
                 host_expert_share=1.0,
             )
 
+    def record_times(self, timeline: Timeline | None) -> None:
+        """Tell `timeline` from the next step on what runs when, or None: nobody."""
+        with self._stepping:
+            self._model.timeline = timeline
+
     def close(self) -> None:
         """End all requests and free the experts' memory and threads. Waits for a step under way."""
         with self._stepping:
@@ -453,6 +459,8 @@ class Engine:
         generation.pending_ids.append(token.id)
         generation.output.append(token)
         self._totals.completion_tokens += 1
+        if self._model.timeline is not None:
+            self._model.timeline.mark("sampling")
         if generation.completion_tokens == generation.task.max_tokens:
             self._end(generation, "length")
 

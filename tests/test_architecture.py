@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # floors, and itself. Units on one floor do not know each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("__init__",),
-    ("errors", "durable_file"),
+    ("errors", "durable_file", "timeline"),
     ("config",),
     ("checkpoint", "tokenizer", "sampling", "hardware", "device"),
     ("chat", "placement"),

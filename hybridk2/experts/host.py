@@ -66,6 +66,14 @@ class Ticket:
     def __del__(self) -> None:
         self._job.finish()
 
+    def times(self) -> tuple[float, float]:
+        """When the workers began and ended, in seconds of time.perf_counter.
+
+        Raises EngineError as long as they have not ended; after `HostExperts.wait` they have.
+        """
+        with _engine_errors():
+            return self._job.times
+
     def result(self) -> Tensor:
         """Wait, then the layer's output; what failed in a worker is raised as the extension's."""
         self._job.wait()

@@ -19,6 +19,7 @@ from hybridk2.kv_cache import CacheSequence
 from hybridk2.model.attention import LatentAttention
 from hybridk2.model.layers import DECODE_ROWS, RotaryTable, place_mlp, rms_norm, swiglu
 from hybridk2.model.moe import MixtureOfExperts
+from hybridk2.timeline import Timeline
 
 # Rows of lm_head that are widened to fp32 at a time. 4 MB stays in cache; blocks of 30 MB and more
 # went through DRAM and took four times as long on a 7168 x 18432 matrix (2 Zen 4 cores).
@@ -38,6 +39,7 @@ class DecoderLayer:
         dtype: torch.dtype,
     ) -> None:
         """experts: needed by MoE layers, None for dense ones."""
+        self._layer = layer
         self._eps = config.rms_norm_eps
         self._input_norm = device.place(weights.input_norm.to(dtype))
         self._post_attention_norm = device.place(weights.post_attention_norm.to(dtype))
@@ -66,22 +68,35 @@ class DecoderLayer:
         sin: Tensor,
         sequence: CacheSequence,
         absorbed: bool | None = None,
+        timeline: Timeline | None = None,
     ) -> Tensor:
         """hidden: (tokens, hidden). See LatentAttention.forward for the rest."""
         x = self.attention_input(hidden)
         hidden = hidden + self.attention.forward(x, cos, sin, sequence, absorbed)
-        return hidden + self.feed_forward(self.feed_forward_input(hidden))
+        return self._add_feed_forward(hidden, None, timeline)
 
     def decode(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, sequences: Sequence[CacheSequence]
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        sequences: Sequence[CacheSequence],
+        timeline: Timeline | None = None,
     ) -> Tensor:
         """hidden: (rows, hidden), one token of each sequence, then padding."""
         x = self.attention_input(hidden)
         hidden = hidden + self.attention.decode(x, cos, sin, sequences)
-        x = self.feed_forward_input(hidden)
-        if self.moe is None:
-            return hidden + swiglu(x, self._mlp)
-        return hidden + self.moe.forward(x, len(sequences))
+        return self._add_feed_forward(hidden, len(sequences), timeline)
+
+    def _add_feed_forward(
+        self, hidden: Tensor, tokens: int | None, timeline: Timeline | None
+    ) -> Tensor:
+        if timeline is not None:
+            timeline.mark("attention", self._layer)
+        hidden = hidden + self.feed_forward(self.feed_forward_input(hidden), tokens, timeline)
+        if timeline is not None:
+            timeline.mark("dense MLP" if self.moe is None else "adding", self._layer)
+        return hidden
 
     def attention_input(self, hidden: Tensor) -> Tensor:
         return rms_norm(hidden, self._input_norm, self._eps)
@@ -89,12 +104,20 @@ class DecoderLayer:
     def feed_forward_input(self, hidden: Tensor) -> Tensor:
         return rms_norm(hidden, self._post_attention_norm, self._eps)
 
-    def feed_forward(self, x: Tensor) -> Tensor:
-        return self.moe.forward(x) if self.moe is not None else swiglu(x, self._mlp)
+    def feed_forward(
+        self, x: Tensor, tokens: int | None = None, timeline: Timeline | None = None
+    ) -> Tensor:
+        """x: (rows, hidden), normed. See MixtureOfExperts.forward for the rest."""
+        if self.moe is None:
+            return swiglu(x, self._mlp)
+        return self.moe.forward(x, tokens, timeline)
 
 
 class K2Model:
-    """Hidden states and logits of token sequences."""
+    """Hidden states and logits of token sequences.
+
+    timeline: told what ran when; None, as at first, where nobody asks.
+    """
 
     def __init__(
         self,
@@ -109,6 +132,7 @@ class K2Model:
         """embedding, lm_head: (vocab, hidden) bf16, kept as they are. dtype: of activations."""
         self.config = config
         self.layers = layers
+        self.timeline: Timeline | None = None
         self._device = device
         self._dtype = dtype
         self._embedding = embedding
@@ -128,10 +152,15 @@ class K2Model:
         token_ids, positions: (tokens,) int64 on the host. The sequence must have room for them
         (CacheSequence.reserve). Returns hidden states after the last layer: (tokens, hidden).
         """
+        timeline = self.timeline
+        if timeline is not None:
+            timeline.begin("prefill", token_ids.shape[0], sequence.length)
         hidden = self._device.place(F.embedding(token_ids, self._embedding).to(self._dtype))
         cos, sin = self._rotary(self._device.place(positions))
+        if timeline is not None:
+            timeline.mark("embedding")
         for layer in self.layers:
-            hidden = layer.forward(hidden, cos, sin, sequence, absorbed)
+            hidden = layer.forward(hidden, cos, sin, sequence, absorbed, timeline)
         sequence.advance(token_ids.tolist())
         return hidden
 
@@ -153,13 +182,18 @@ class K2Model:
         """
         tokens = len(sequences)
         assert 1 <= tokens == len(token_ids) <= DECODE_ROWS, f"{tokens} sequences"
+        timeline = self.timeline
+        if timeline is not None:
+            timeline.begin("decode", tokens, max(sequence.length for sequence in sequences))
         padding = DECODE_ROWS - tokens if rows_are_independent or tokens > 1 else 0
         embedded = F.embedding(torch.tensor(token_ids), self._embedding).to(self._dtype)
         hidden = self._device.place(F.pad(embedded, (0, 0, 0, padding)))
         positions = [sequence.length for sequence in sequences] + [0] * padding
         cos, sin = self._rotary(self._device.place(torch.tensor(positions)))
+        if timeline is not None:
+            timeline.mark("embedding")
         for layer in self.layers:
-            hidden = layer.decode(hidden, cos, sin, sequences)
+            hidden = layer.decode(hidden, cos, sin, sequences, timeline)
         return hidden
 
     @property
@@ -176,4 +210,7 @@ class K2Model:
         x = rms_norm(hidden, self._final_norm, self.config.rms_norm_eps).float()
         rows = max(_LOGIT_BLOCK_BYTES // (4 * self.config.hidden_size), 1)
         blocks = [F.linear(x, block.float()) for block in self._lm_head.split(rows)]
-        return torch.cat(blocks, dim=-1)
+        logits = torch.cat(blocks, dim=-1)
+        if self.timeline is not None:
+            self.timeline.mark("head")
+        return logits
