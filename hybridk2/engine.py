@@ -328,6 +328,15 @@ class Engine:
         with self._stepping:
             self._model.timeline = timeline
 
+    def watch_routing(self, on_decode: Callable[[int, torch.Tensor], None] | None) -> None:
+        """Have every later step of decoding tell which experts it picks. See K2Model."""
+        with self._stepping:
+            self._model.watch_routing(on_decode)
+
+    def routing_fingerprint(self) -> str:
+        """What tells this model's routing from another's. See K2Model."""
+        return self._model.routing_fingerprint()
+
     def close(self) -> None:
         """End all requests and free the experts' memory and threads. Waits for a step under way."""
         with self._stepping:

@@ -5,7 +5,8 @@ Knows tensors and the cache, not where weights come from on disk, requests, samp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -200,6 +201,28 @@ class K2Model:
     def experts_read(self) -> int:
         """How many routed experts all calls so far read, layer by layer."""
         return sum(layer.moe.experts_read for layer in self.layers if layer.moe is not None)
+
+    def watch_routing(self, on_decode: Callable[[int, Tensor], None] | None) -> None:
+        """Have every later step of decoding tell which experts it picks; None ends that.
+
+        on_decode: called in each MoE layer, in order, with the layer's slot and the picks (tokens,
+        top_k) int32 on the device.
+        """
+        for layer in self.layers:
+            if layer.moe is not None:
+                layer.moe.on_decode = on_decode
+
+    def routing_fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of what tells one model's routing from another's: dimensions,
+        every router's bias, and its weights of the first expert."""
+        config = self.config
+        shape = (config.num_moe_layers, config.n_routed_experts, config.num_experts_per_tok)
+        digest = hashlib.sha256(repr(shape).encode())
+        for layer in self.layers:
+            if layer.moe is not None:
+                for values in layer.moe.router.identifying_values():
+                    digest.update(values.cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: (tokens, hidden) after the last layer. Returns (tokens, vocab) fp32 logits.
