@@ -129,7 +129,7 @@ def test_uniform_routing_is_predicted_as_the_planner_predicts_it(card: str) -> N
     machine = replace(WORKSTATION, gpu=gpu_named(card))
     planned = plan(sizes, machine, Choices(context_tokens=8192))
     assert machine.gpu is not None
-    cost = step_cost(sizes, machine, machine.gpu, planned.choices)
+    cost = step_cost(sizes, machine.host_read_bytes_per_second, machine.gpu, planned.choices)
     trace = skewed_trace(2000, layers=60, experts=384, top_k=8, seed=0, skew=0.0)
     mask = uniform(60, 384, 60 * planned.resident_experts_per_layer)
     replay = priced(hits_histogram(trace.ids, mask), cost)

@@ -185,7 +185,7 @@ def _lay_out(sizes: ModelSizes, machine: MachineProfile, choices: Choices) -> Pl
     )
     decode = gpu_decode(
         sizes,
-        machine,
+        machine.host_read_bytes_per_second,
         gpu,
         context_tokens=context,
         kv_dtype=choices.kv_dtype,

@@ -104,7 +104,7 @@ def cpu_decode(sizes: ModelSizes, machine: MachineProfile, context_tokens: int) 
 
 def gpu_decode(
     sizes: ModelSizes,
-    machine: MachineProfile,
+    host_bytes_per_second: float,
     gpu: GpuProfile,
     *,
     context_tokens: int,
@@ -114,11 +114,12 @@ def gpu_decode(
 ) -> DecodeTime:
     """A token with the dense part on a card, one sequence.
 
-    resident_share: of the routed experts, on the card.
+    host_bytes_per_second: of the experts' kernels. resident_share: of the routed experts, on the
+    card.
     """
     bandwidth = gpu.bytes_per_second * _GPU_BANDWIDTH_SHARE
     picked = sizes.moe_layers * sizes.experts_per_token * sizes.expert_bytes
-    host = picked * (1 - resident_share) / machine.host_read_bytes_per_second
+    host = picked * (1 - resident_share) / host_bytes_per_second
     shared = sizes.shared_bytes * sizes.gpu_share(dense) / bandwidth
     resident = picked * resident_share / bandwidth
     weights = sizes.gpu_weight_bytes(dense) / bandwidth - shared

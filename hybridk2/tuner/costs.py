@@ -6,21 +6,24 @@ that both commands predict the same for the same share of hits.
 
 from __future__ import annotations
 
-from hybridk2.hardware import GpuProfile, MachineProfile
+from hybridk2.hardware import GpuProfile
 from hybridk2.planner import Choices, ModelSizes
 from hybridk2.planner.timing import DecodeTime, gpu_decode
 from hybridk2.tuner.replay import StepCost
 
 
 def step_cost(
-    sizes: ModelSizes, machine: MachineProfile, gpu: GpuProfile, choices: Choices
+    sizes: ModelSizes, host_bytes_per_second: float, gpu: GpuProfile, choices: Choices
 ) -> StepCost:
-    """The cost of a token of this model there, in a conversation of the choices' length."""
+    """The cost of a token of this model there, in a conversation of the choices' length.
+
+    host_bytes_per_second: with which the host's kernels read experts.
+    """
 
     def decode(resident_share: float) -> DecodeTime:
         return gpu_decode(
             sizes,
-            machine,
+            host_bytes_per_second,
             gpu,
             context_tokens=min(choices.decode_context_tokens, choices.context_tokens),
             kv_dtype=choices.kv_dtype,
