@@ -21,6 +21,7 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports of a program that C
 
 # Each is the attribute of the same name in hybridk2.cli.<name>.
 SUBCOMMANDS = {
+    "bench": "Measure how fast a model runs here, and where its time goes.",
     "chat": "Talk to a model in the terminal, or ask it one question.",
     "serve": "Answer over HTTP, as chat front ends, agents and libraries ask.",
     "synth": "Write a random-weight checkpoint in K2-Thinking's exact format.",

@@ -1,0 +1,183 @@
+"""The report: one HTML page that needs nothing else, no network and no script.
+
+Owns the page: which figures and pictures it shows, and how to read them. Light or dark as the
+viewer's system is.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from hybridk2.benchmark.figures import Benchmark, Frontier, PassFigures
+from hybridk2.report import svg, tables
+
+_STYLE = """
+:root { color-scheme: light dark; --page: #fff; --soft: #f4f5f9; --line: #e1e2e8; --ink: #1b1c21;
+  --quiet: #62656f; --accent: #4353d9; }
+@media (prefers-color-scheme: dark) { :root { --page: #16171a; --soft: #1f2125; --line: #2f3238;
+  --ink: #e8e9ed; --quiet: #9b9faa; --accent: #8f9bff; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 64rem; color: var(--ink);
+  background: var(--page);
+  font: 16px/1.6 system-ui, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif; }
+h1 { margin: 0; font-size: 1.7rem; line-height: 1.25; overflow-wrap: anywhere; }
+h2 { margin: 3rem 0 0.25rem; font-size: 1.2rem; }
+p { margin: 0.4rem 0; max-width: 46rem; }
+.quiet, figcaption { color: var(--quiet); font-size: 0.9rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 1rem;
+  margin: 2rem 0; }
+.card { padding: 1.1rem 1.25rem; background: var(--soft); border-radius: 14px; }
+.card h3 { margin: 0 0 0.5rem; font-size: 0.9rem; font-weight: 600; color: var(--quiet); }
+.card b { font-size: 2rem; line-height: 1.2; font-weight: 650; }
+.card div { font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; margin: 1rem 0; font-size: 0.9rem;
+  font-variant-numeric: tabular-nums; }
+th, td { padding: 0.4rem 0.75rem; text-align: right; white-space: nowrap;
+  border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child { padding-left: 0; text-align: left; }
+th:last-child, td:last-child { padding-right: 0; }
+th { font-weight: 600; color: var(--quiet); }
+figure { margin: 1.25rem 0 0; }
+figure svg { display: block; width: 100%; min-width: 40rem; height: auto; }
+details { margin-top: 1rem; border-top: 1px solid var(--line); padding-top: 0.75rem; }
+summary { cursor: pointer; font-weight: 600; }
+a { color: var(--accent); }
+"""
+
+
+def page(benchmark: Benchmark) -> str:
+    """The whole page as HTML."""
+    body = (
+        f"<h1>{escape(benchmark.model)}</h1>",
+        f'<p class="quiet">{escape(tables.subject(benchmark))}</p>',
+        '<div class="cards">',
+        *(_card(frontier) for frontier in benchmark.frontiers),
+        "</div>",
+        *_against_the_roofs(benchmark),
+        *_one_token(benchmark.frontiers),
+        *_one_chunk(benchmark.frontiers),
+        *(_layers(frontier, is_last) for frontier, is_last in _last_first(benchmark.frontiers)),
+    )
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        # Whatever a name may hold: nothing is loaded, nothing runs.
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+        f"<title>HybridK2 bench: {escape(benchmark.model)}</title>\n<style>{_STYLE}</style>\n"
+        "</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
+    )
+
+
+def _card(frontier: Frontier) -> str:
+    decode, prefill = frontier.decode, frontier.prefill
+    return (
+        f'<section class="card"><h3>at {frontier.context_tokens:,} tokens</h3>'
+        f"<div><b>{tables.number(decode.tokens_per_second.median)}</b> tok/s decode</div>"
+        f'<div class="quiet">{tables.number(decode.step_ms.median)} ms a token</div>'
+        f"<div>{tables.number(prefill.tokens_per_second.median)} tok/s prefill</div></section>"
+    )
+
+
+def _against_the_roofs(benchmark: Benchmark) -> Iterable[str]:
+    yield "<h2>Against the machine's roofs</h2>"
+    yield (
+        f"<p>In the same run {escape(tables.roofs(benchmark))}. Decoding is bound by reading: "
+        "every token reads its experts and all dense weights once. Reading a prompt is bound by "
+        "multiplying. Weights that fit into the processor's caches show another roof than weights "
+        "in memory.</p>"
+    )
+    yield _table(tables.rates(benchmark))
+    yield f'<p class="quiet">{escape(tables.RATES_NOTE)}</p>'
+
+
+def _one_token(frontiers: Sequence[Frontier]) -> Iterable[str]:
+    last = frontiers[-1]
+    largest = sorted(last.decode.phase_ms.items(), key=lambda item: -item[1].median)[:3]
+    total = sum(ms.median for ms in last.decode.phase_ms.values())
+    shares = ", ".join(f"{name} {ms.median / total:.0%}" for name, ms in largest)
+    yield "<h2>One decoded token</h2>"
+    yield f"<p>At {last.context_tokens:,} tokens: {escape(shares)}.</p>"
+    yield _figure(
+        svg.steps_by_context([(f"{row.context_tokens:,}", row.decode) for row in frontiers]),
+        "token",
+        "By context; every phase is summed over the layers.",
+    )
+    yield _phase_table([(f"{row.context_tokens:,}", row.decode) for row in frontiers])
+
+
+def _one_chunk(frontiers: Sequence[Frontier]) -> Iterable[str]:
+    yield "<h2>One chunk of a prompt</h2>"
+    rows = [(f"{row.context_tokens:,}", row.prefill) for row in frontiers]
+    chunks = "; ".join(
+        f"{row.prefill.past_tokens:,} to {row.prefill.past_tokens + row.prefill.tokens:,}"
+        for row in frontiers
+    )
+    yield (
+        f"<p>Whole chunks on the way to each context, of tokens {chunks}. What was read for one "
+        "context is not read again for the next.</p>"
+    )
+    yield _figure(svg.steps_by_context(rows), "chunk", "By the context that was being reached.")
+    yield _phase_table(rows)
+
+
+def _layers(frontier: Frontier, is_open: bool) -> str:
+    decode = frontier.decode
+    parts = [
+        _figure(
+            svg.phases_by_layer(decode),
+            f"layers-{frontier.context_tokens}",
+            "Decoding: the phases of each layer on one another. The narrow bar is the workers' own "
+            "time, which runs beside them.",
+        )
+    ]
+    if decode.hidden_share is not None:
+        parts.append(
+            _figure(
+                svg.overlap(decode.typical),
+                f"overlap-{frontier.context_tokens}",
+                "Layers from the middle of a token of median length: the shared expert is computed "
+                "while the host's workers compute the routed experts, by the workers' own clock. "
+                f"Over all tokens {decode.hidden_share:.0%} of the workers' time passed while "
+                "this thread did not wait for it.",
+            )
+        )
+    return (
+        f"<details{' open' if is_open else ''}><summary>Layer by layer at "
+        f"{frontier.context_tokens:,} tokens</summary>{''.join(parts)}</details>"
+    )
+
+
+def _last_first(frontiers: Sequence[Frontier]) -> Iterable[tuple[Frontier, bool]]:
+    """The longest context open, the others below it and closed."""
+    for frontier in reversed(frontiers):
+        yield frontier, frontier is frontiers[-1]
+
+
+def _figure(picture: str, name: str, caption: str) -> str:
+    data = base64.b64encode(picture.encode()).decode()
+    link = f'<a download="{name}.svg" href="data:image/svg+xml;base64,{data}">Save as SVG</a>'
+    return (
+        f'<figure><div class="scroll">{picture}</div>'
+        f"<figcaption>{escape(caption)} {link}</figcaption></figure>"
+    )
+
+
+def _phase_table(columns: Sequence[tuple[str, PassFigures]]) -> str:
+    table = _table(tables.phases(columns))
+    return f"<details><summary>In numbers</summary>{table}</details>"
+
+
+def _table(table: tables.Table) -> str:
+    heads, rows = table
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in heads)
+    lines = (
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>" for cells in rows
+    )
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
