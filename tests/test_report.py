@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridk2.benchmark.figures import Benchmark
+from hybridk2.benchmark.figures import PHASES, Benchmark
 from hybridk2.report import svg, tables
 from hybridk2.report.page import page
 from tests.browser import CHROMIUM, Chromium, Page
@@ -73,6 +73,10 @@ def test_the_rates_stand_beside_their_share_of_the_roof() -> None:
     assert "%" not in cells["experts TFLOP/s"]  # these kernels have no roof of their own
 
 
+def test_every_phase_has_its_colours_and_its_meaning() -> None:
+    assert set(svg.COLOURS) == set(tables.MEANINGS) == {*PHASES, svg.HOST}
+
+
 def test_numbers_have_three_digits_and_no_exponent() -> None:
     found = [tables.number(value) for value in (1919.8, 123456.0, 99.94, 0.012345, 7.0)]
     assert found == ["1,920", "123,456", "99.9", "0.0123", "7"]
@@ -113,9 +117,9 @@ def test_a_browser_shows_speeds_tables_and_pictures(chromium: Chromium, tmp_path
     assert f"{HIDDEN_SHARE:.0%} of the workers" in view.text("body")
     # Of two contexts the longer is open; the pictures of the other can be opened.
     visible = "[...document.querySelectorAll('svg')].filter(s => s.checkVisibility()).length"
-    assert (view.evaluate(visible), view.count("svg")) == (4, 6)
-    view.click("details:last-of-type > summary")
-    assert view.evaluate(visible) == 6
+    assert (view.evaluate(visible), view.count("svg")) == (6, 10)
+    view.click("details:nth-last-of-type(2) > summary")
+    assert view.evaluate(visible) == 10
     assert view.complaints() == []
     view.close()
 

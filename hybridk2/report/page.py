@@ -44,7 +44,9 @@ figure { margin: 1.25rem 0 0; }
 figure svg { display: block; width: 100%; min-width: 40rem; height: auto; }
 details { margin-top: 1rem; border-top: 1px solid var(--line); padding-top: 0.75rem; }
 summary { cursor: pointer; font-weight: 600; }
-a { color: var(--accent); }
+a { color: var(--accent); white-space: nowrap; }
+dt { font-weight: 600; }
+dd { margin: 0 0 0.5rem; color: var(--quiet); }
 """
 
 
@@ -60,6 +62,7 @@ def page(benchmark: Benchmark) -> str:
         *_one_token(benchmark.frontiers),
         *_one_chunk(benchmark.frontiers),
         *(_layers(frontier, is_last) for frontier, is_last in _last_first(benchmark.frontiers)),
+        _glossary(),
     )
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -125,36 +128,52 @@ def _one_chunk(frontiers: Sequence[Frontier]) -> Iterable[str]:
 
 
 def _layers(frontier: Frontier, is_open: bool) -> str:
-    decode = frontier.decode
-    parts = [
-        _figure(
-            svg.phases_by_layer(decode),
-            f"layers-{frontier.context_tokens}",
-            "Decoding: the phases of each layer on one another. The narrow bar is the workers' own "
-            "time, which runs beside them.",
-        )
-    ]
-    if decode.hidden_share is not None:
-        parts.append(
-            _figure(
-                svg.overlap(decode.typical),
-                f"overlap-{frontier.context_tokens}",
-                "Layers from the middle of a token of median length: the shared expert is computed "
-                "while the host's workers compute the routed experts, by the workers' own clock. "
-                f"Over all tokens {decode.hidden_share:.0%} of the workers' time passed while "
-                "this thread did not wait for it.",
-            )
-        )
-    return (
-        f"<details{' open' if is_open else ''}><summary>Layer by layer at "
-        f"{frontier.context_tokens:,} tokens</summary>{''.join(parts)}</details>"
+    context = frontier.context_tokens
+    passes = (
+        ("decode", "a decoded token", frontier.decode),
+        ("prefill", "a chunk", frontier.prefill),
     )
+    parts = [
+        picture
+        for name, what, figures in passes
+        for picture in _layer_pictures(f"{name}-{context}", what, figures)
+    ]
+    return (
+        f"<details{' open' if is_open else ''}><summary>Layer by layer at {context:,} tokens"
+        f"</summary>{''.join(parts)}</details>"
+    )
+
+
+def _layer_pictures(name: str, what: str, figures: PassFigures) -> Iterable[str]:
+    yield _figure(
+        svg.phases_by_layer(figures),
+        f"layers-{name}",
+        f"The phases of {what} in each layer, on one another. The narrow bar is the workers' own "
+        "time, which runs beside them.",
+    )
+    if figures.hidden_share is not None:
+        yield _figure(
+            svg.overlap(figures.typical),
+            f"overlap-{name}",
+            f"Layers from the middle of {what} of median length: the shared expert is computed "
+            "while the host's workers compute the routed experts, by the workers' own clock. "
+            f"Over all of them {figures.hidden_share:.0%} of the workers' time passed while this "
+            "thread did not wait for it.",
+        )
 
 
 def _last_first(frontiers: Sequence[Frontier]) -> Iterable[tuple[Frontier, bool]]:
     """The longest context open, the others below it and closed."""
     for frontier in reversed(frontiers):
         yield frontier, frontier is frontiers[-1]
+
+
+def _glossary() -> str:
+    terms = "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(meaning)}</dd>"
+        for name, meaning in tables.MEANINGS.items()
+    )
+    return f"<details><summary>What the names mean</summary><dl>{terms}</dl></details>"
 
 
 def _figure(picture: str, name: str, caption: str) -> str:

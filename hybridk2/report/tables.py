@@ -5,7 +5,7 @@ Owns how figures are put into words and digits. A table is its heads, and rows o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from hybridk2.benchmark.figures import Benchmark, PassFigures, Spread
 
@@ -17,6 +17,20 @@ RATES_NOTE = (
     "Dense: weights and cached latents, over the time of attention, router, shared expert, dense "
     "layers and head."
 )
+
+MEANINGS: Mapping[str, str] = {
+    "embedding": "looking up the tokens' vectors and the angles of their positions",
+    "attention": "latent attention with the norm before it: its matrices, and the cached latents",
+    "dense MLP": "the feed-forward block of a layer that has no experts, with its norm",
+    "router": "the norm before the experts, and which of them each token picks",
+    "handoff": "handing the tokens and their picks to the host's workers",
+    "shared expert": "the expert that every token passes, while the workers compute the others",
+    "waiting": "for the workers, once the shared expert is done",
+    "adding": "the workers' share to the shared expert's, and both to the hidden state",
+    "head": "the last norm and the logits: reads lm_head, one row for each id of the vocabulary",
+    "sampling": "from logits to a token",
+    "host experts": "the workers' own time for the routed experts, beside all other phases",
+}
 
 
 def rates(benchmark: Benchmark) -> Table:
