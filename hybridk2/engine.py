@@ -461,6 +461,8 @@ class Engine:
             logger.exception("no token could be sampled")
             self._end(generation, step_error(error))
             return
+        if self._model.timeline is not None:
+            self._model.timeline.mark("sampling")
         if token.id in generation.task.stop_ids:
             self._end(generation, "stop")
             return
@@ -468,8 +470,6 @@ class Engine:
         generation.pending_ids.append(token.id)
         generation.output.append(token)
         self._totals.completion_tokens += 1
-        if self._model.timeline is not None:
-            self._model.timeline.mark("sampling")
         if generation.completion_tokens == generation.task.max_tokens:
             self._end(generation, "length")
 
