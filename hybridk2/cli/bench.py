@@ -191,13 +191,13 @@ def _show_progress(moments: Iterator[Progress], status: Console) -> None:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Bar(*columns, TimeElapsedColumn(), console=status, transient=True, disable=quiet) as bar:
         task = bar.add_task("")
-        stage, began = "", time.perf_counter()
+        began = time.perf_counter()
         for moment in moments:
-            if moment.stage != stage:
-                stage, began = moment.stage, time.perf_counter()
-            bar.update(task, description=stage, completed=moment.done, total=moment.total)
+            bar.update(task, description=moment.stage, completed=moment.done, total=moment.total)
             if moment.done >= moment.total:
-                note(status, f"{stage}: {time.perf_counter() - began:.1f} s")
+                ended = time.perf_counter()
+                note(status, f"{moment.stage}: {ended - began:.1f} s")
+                began = ended
 
 
 def _print(benchmark: Benchmark, output: Console) -> None:

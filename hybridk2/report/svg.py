@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from html import escape
 
 from hybridk2.benchmark.figures import PHASES, PassFigures
+from hybridk2.report.tables import number
 from hybridk2.timeline import HostCall, Span, Step
 
 HOST = "host experts"
@@ -60,7 +61,7 @@ class _Scale:
         rough = self.most / 5
         unit = 10.0 ** math.floor(math.log10(rough))
         step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough)
-        return [step * number for number in range(int(self.most / step) + 1)]
+        return [step * count for count in range(int(self.most / step) + 1)]
 
 
 def steps_by_context(rows: Sequence[tuple[str, PassFigures]]) -> str:
@@ -72,8 +73,8 @@ def steps_by_context(rows: Sequence[tuple[str, PassFigures]]) -> str:
     scale = _Scale(longest, _LEFT, _WIDTH - _RIGHT - 90)
     bottom = top + 8 + row_height * len(rows)
     parts = [legend, *_vertical_grid(scale, top + 4, bottom)]
-    for number, (name, row) in enumerate(rows):
-        y = top + 8 + number * row_height + (row_height - bar) / 2
+    for place, (name, row) in enumerate(rows):
+        y = top + 8 + place * row_height + (row_height - bar) / 2
         parts.append(_text(_LEFT - 10, y + bar / 2 + 4, name, _INK, "end"))
         begin = 0.0
         for phase, ms in row.phase_ms.items():
@@ -106,8 +107,8 @@ def phases_by_layer(figures: PassFigures) -> str:
     room = (_WIDTH - _LEFT - _RIGHT) / len(layers)
     bar = min(room * 0.6, _MOST_BAR)
     parts = [legend, *_horizontal_grid(scale)]
-    for number, layer in enumerate(layers):
-        x = _LEFT + room * number + (room - bar * 1.45) / 2
+    for place, layer in enumerate(layers):
+        x = _LEFT + room * place + (room - bar * 1.45) / 2
         begin = 0.0
         for phase, ms in stacks[layer]:
             tip = f"layer {layer}: {phase} {_ms(ms.median)}, half of them {_ms(ms.lower_quartile)}"
@@ -119,7 +120,7 @@ def phases_by_layer(figures: PassFigures) -> str:
             tip = f"layer {layer}: {HOST} {_ms(host.median)}, beside the others"
             y = scale(host.median)
             parts.append(_rect(HOST, x + bar * 1.1, y, bar * 0.35, bottom - y, tip))
-        if number % max(math.ceil(26 / room), 1) == 0:
+        if place % max(math.ceil(26 / room), 1) == 0:
             parts.append(_text(x + bar * 0.72, bottom + 18, str(layer), _QUIET, "middle"))
     parts.append(
         _text(_LEFT + (_WIDTH - _LEFT - _RIGHT) / 2, bottom + 38, "layer", _QUIET, "middle")
@@ -244,11 +245,9 @@ def _slug(name: str) -> str:
 
 
 def _ms(milliseconds: float) -> str:
-    """Three digits, in the unit that they are read best in."""
-    if milliseconds == 0:
-        return "0"
-    if milliseconds < 1:
-        return f"{milliseconds * 1e3:.3g} µs"
+    """In the unit that they are read best in."""
+    if 0 < milliseconds < 1:
+        return f"{number(milliseconds * 1e3)} µs"
     if milliseconds < 1000:
-        return f"{milliseconds:.3g} ms"
-    return f"{milliseconds / 1e3:.3g} s"
+        return f"{number(milliseconds)} ms"
+    return f"{number(milliseconds / 1e3)} s"
