@@ -66,8 +66,9 @@ def test_progress_says_what_goes_on(small_checkpoint: Path) -> None:
     said = bench(str(small_checkpoint), *SMALL, "--json").stderr
     stages = [
         *("experts", "dense weights", "warming up"),
-        *("context 64: reading the prompt", "context 64: decoding, run 1 of 2"),
-        *("context 64: decoding, run 2 of 2", "context 128: reading the prompt"),
+        *("context 64: reading the prompt", "context 64: the machine's roofs"),
+        *("context 64: decoding, run 1 of 2", "context 64: decoding, run 2 of 2"),
+        "context 128: reading the prompt",
     ]
     places = [said.find(f"{stage}: ") for stage in stages]
     assert -1 not in places

@@ -185,6 +185,7 @@ def test_progress_names_what_goes_on_and_reaches_the_end_of_each(
             for context in WORKLOAD.contexts
             for what in (
                 "reading the prompt",
+                "the machine's roofs",
                 "decoding, run 1 of 2",
                 "decoding, run 2 of 2",
             )

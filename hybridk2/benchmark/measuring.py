@@ -91,6 +91,7 @@ def measure(
             reading = yield from _read(engine, prompt[:context])
             read_roofs.append(_read_roof(engine))
             flop_roofs.append(engine.experts.arithmetic_roof(dtype))
+            yield Progress(f"context {context:,}: the machine's roofs", 1, 1)
             runs = []
             for number, last_id in enumerate(last_ids, start=1):
                 stage = f"context {context:,}: decoding, run {number} of {workload.repeat}"
