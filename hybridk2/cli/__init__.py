@@ -24,6 +24,8 @@ SUBCOMMANDS = {
     "bench": "Measure how fast a model runs here, and where its time goes.",
     "chat": "Talk to a model in the terminal, or ask it one question.",
     "serve": "Answer over HTTP, as chat front ends, agents and libraries ask.",
+    "plan": "Say whether a model fits a machine and how fast it will be, before it is loaded.",
+    "doctor": "Measure this machine, and say what is wrong with it and what mends it.",
     "synth": "Write a random-weight checkpoint in K2-Thinking's exact format.",
     "verify": "Check a checkpoint, and this engine's outputs against transformers.",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -28,6 +29,17 @@ _DTYPE = click.option(
     default="bfloat16",
     show_default=True,
     help="Of activations; float32 is for comparisons.",
+)
+
+
+config_home_option = click.option(
+    "--config-home",
+    type=click.Path(path_type=Path),
+    envvar="XDG_CONFIG_HOME",
+    default=Path("~/.config"),
+    show_default=True,
+    show_envvar=True,
+    help="The machine's profile is kept in its folder hybridk2.",
 )
 
 

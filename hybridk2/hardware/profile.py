@@ -34,7 +34,7 @@ class MachineProfile:
     latent_bytes_per_second: cached bf16 latents that attention looks at.
     layer_overhead_seconds: what a layer of negligible weights takes.
     host_flops: of the experts' kernels with 64 tokens each. dense_flops: of bf16 products of 512
-    rows. measured: False for a machine that was only described.
+    rows. measured: False for a machine that was only described, whose cores and nodes are 0.
     """
 
     name: str
@@ -58,6 +58,42 @@ class MachineProfile:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in the file."""
         return asdict(self)
+
+
+# What parts reach of the bandwidth of a block of experts, and bf16 operations for each of its
+# bytes: bench/plan.py on 2 Zen 5 cores.
+_SHARE_OF_ATTENTION, _SHARE_OF_DENSE, _SHARE_OF_HEAD, _SHARE_OF_LATENTS = 0.8, 1.0, 0.7, 0.05
+_FLOPS_PER_BYTE = 20
+_LAYER_OVERHEAD_SECONDS = 7.5e-4
+
+
+def described_machine(
+    read_bytes_per_second: float, ram_bytes: int, flops: float | None = None
+) -> MachineProfile:
+    """A machine of which little is known: the other speeds in the proportions measured here.
+
+    read_bytes_per_second: what the experts' kernels read. flops: of bf16 products on all cores.
+    """
+    read = read_bytes_per_second
+    flops = flops or read * _FLOPS_PER_BYTE
+    return MachineProfile(
+        name=f"a machine that reads {read / 1e9:g} GB/s",
+        isa="avx512_bf16",
+        cores=0,
+        nodes=0,
+        ram_bytes=ram_bytes,
+        host_read_roof_bytes_per_second=read,
+        host_read_bytes_per_second=read,
+        moe_bytes_per_second=read,
+        attention_bytes_per_second=read * _SHARE_OF_ATTENTION,
+        dense_bytes_per_second=read * _SHARE_OF_DENSE,
+        head_bytes_per_second=read * _SHARE_OF_HEAD,
+        latent_bytes_per_second=read * _SHARE_OF_LATENTS,
+        layer_overhead_seconds=_LAYER_OVERHEAD_SECONDS,
+        host_flops=flops,
+        dense_flops=flops,
+        measured=False,
+    )
 
 
 def profile_path(config_home: Path) -> Path:

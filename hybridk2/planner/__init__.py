@@ -4,7 +4,7 @@ Without a graphics card the plan is that of today's engine; with one it is that 
 does not exist yet, from data sheets and stated assumptions.
 """
 
-from hybridk2.planner.plan import Choices, Place, Plan, plan
+from hybridk2.planner.plan import Choices, Place, Plan, free_gpu_bytes, plan
 from hybridk2.planner.sizes import BUILT_IN, ModelSizes
 from hybridk2.planner.timing import DecodeTime, PrefillTime
 
@@ -16,5 +16,6 @@ __all__ = [
     "Place",
     "Plan",
     "PrefillTime",
+    "free_gpu_bytes",
     "plan",
 ]

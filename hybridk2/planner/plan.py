@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from hybridk2.hardware import CARDS, MachineProfile
+from hybridk2.hardware import CARDS, GpuProfile, MachineProfile
 from hybridk2.planner.sizes import DenseDtype, KvDtype, ModelSizes
 from hybridk2.planner.timing import (
     DecodeTime,
@@ -27,6 +27,8 @@ GPU_RESERVE_BYTES = 1_900_000_000
 HOST_WORKING_BYTES = 1_000_000_000
 
 _SHORTEST_CONTEXT = 4096
+
+_CARD, _HOST = "GPU memory", "host memory"
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,9 @@ class Place:
 
 @dataclass(frozen=True)
 class Nearest:
-    """Settings that fit, and what they change. options: as the command line takes them."""
+    """Settings with which a place is large enough. options: as the command line takes them."""
 
+    place: str
     options: str
     effect: str
 
@@ -152,20 +155,26 @@ def plan(sizes: ModelSizes, machine: MachineProfile, choices: Choices) -> Plan:
     return made if made.fits else replace(made, nearest=tuple(_nearest(made)))
 
 
+def free_gpu_bytes(sizes: ModelSizes, gpu: GpuProfile, choices: Choices) -> int:
+    """Of the card, for routed experts; negative when not even the rest fits."""
+    cache = choices.context_tokens * sizes.latent_bytes(choices.kv_dtype)
+    return gpu.memory_bytes - sizes.gpu_weight_bytes(choices.dense) - cache - GPU_RESERVE_BYTES
+
+
 def _lay_out(sizes: ModelSizes, machine: MachineProfile, choices: Choices) -> Plan:
     gpu = machine.gpu
     context = min(choices.decode_context_tokens, choices.context_tokens)
     if gpu is None:
-        host = Place("host memory", _host_contents(sizes, choices), machine.ram_bytes)
+        host = Place(_HOST, _host_contents(sizes, choices), machine.ram_bytes)
         decode = cpu_decode(sizes, machine, context)
         return Plan(sizes, machine, choices, (host,), 0, None, decode, ())
     weights = sizes.gpu_weight_bytes(choices.dense)
     cache = choices.context_tokens * sizes.latent_bytes(choices.kv_dtype)
-    free = gpu.memory_bytes - weights - cache - GPU_RESERVE_BYTES
+    free = free_gpu_bytes(sizes, gpu, choices)
     resident = min(max(free, 0) // (sizes.moe_layers * sizes.expert_bytes), sizes.experts_per_layer)
     resident_bytes = resident * sizes.moe_layers * sizes.expert_bytes
     card = Place(
-        "GPU memory",
+        _CARD,
         (
             ("weights but routed experts", weights),
             ("latent cache", cache),
@@ -175,7 +184,7 @@ def _lay_out(sizes: ModelSizes, machine: MachineProfile, choices: Choices) -> Pl
         gpu.memory_bytes,
     )
     host = Place(
-        "host memory",
+        _HOST,
         (
             ("routed experts", sizes.routed_bytes - resident_bytes),
             ("embedding", sizes.embedding_bytes),
@@ -225,19 +234,19 @@ def _for_the_card(made: Plan) -> Iterator[Nearest]:
     for options, change in changes:
         choices = replace(made.choices, **change)
         if choices != made.choices and _card_shortfall(made, choices) <= 0:
-            yield Nearest(options, "the card's memory is enough")
+            yield Nearest(_CARD, options, "the card's memory is enough")
             break
     for options, change in (("", {}), *changes):
         choices = replace(made.choices, **change)
         context = _longest_context(made, choices)
         if context:
-            yield Nearest(f"{options} --context {context}".strip(), "a shorter context")
+            yield Nearest(_CARD, f"{options} --context {context}".strip(), "a shorter context")
             break
     wanted = made.places[0].needed_bytes
     larger = [card for card in CARDS if card.memory_bytes >= wanted]
     if larger:
         card = min(larger, key=lambda card: card.memory_bytes)
-        yield Nearest(f'--gpu "{card.name}"', "a card with more memory")
+        yield Nearest(_CARD, f'--gpu "{card.name}"', "a card with more memory")
 
 
 def _card_shortfall(made: Plan, choices: Choices) -> int:
@@ -266,9 +275,9 @@ def _for_the_host(made: Plan) -> Iterator[Nearest]:
         context //= 2
         saved = cache - 2 * context * made.sizes.latent_bytes("bf16")
         if saved >= host.shortfall_bytes:
-            yield Nearest(f"--context {context}", "a shorter context")
+            yield Nearest(_HOST, f"--context {context}", "a shorter context")
             break
-    yield Nearest(f"--ram {-(-host.needed_bytes // GIGABYTE)}", "so many GB of host memory")
+    yield Nearest(_HOST, f"--ram {-(-host.needed_bytes // GIGABYTE)}", "so many GB of host memory")
     if made.machine.gpu is None:
         return
     layer_experts = made.sizes.moe_layers * made.sizes.expert_bytes
@@ -277,4 +286,4 @@ def _for_the_host(made: Plan) -> Iterator[Nearest]:
     larger = [card for card in CARDS if card.memory_bytes >= wanted]
     if larger and not made.places[0].shortfall_bytes:
         card = min(larger, key=lambda card: card.memory_bytes)
-        yield Nearest(f'--gpu "{card.name}"', "a card that takes more experts from the host")
+        yield Nearest(_HOST, f'--gpu "{card.name}"', "a card that takes more experts from the host")
