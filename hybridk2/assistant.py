@@ -184,6 +184,10 @@ class Assistant:
             source,
         )
 
+    def expert_read_bytes_per_second(self) -> float:
+        """What all threads read of the experts' memory when they do nothing else, measured now."""
+        return self._engine.experts.read_bytes_per_second()
+
     def record_routing(self, recorder: TraceRecorder) -> None:
         """Tell `recorder` from now on which experts each decoded token picks, until `close`."""
         self._recorder = recorder

@@ -28,7 +28,6 @@ from hybridk2.benchmark.figures import (
 )
 from hybridk2.config import EngineConfig, K2Config
 from hybridk2.engine import Engine
-from hybridk2.experts.host import READ_LOOPS
 from hybridk2.request import Generation
 from hybridk2.sampling import SamplingParams
 from hybridk2.timeline import Step, Timeline
@@ -89,7 +88,7 @@ def measure(
         frontiers, read_roofs, flop_roofs = [], [], []
         for context in workload.contexts:
             reading = yield from _read(engine, prompt[:context])
-            read_roofs.append(_read_roof(engine))
+            read_roofs.append(engine.experts.read_bytes_per_second())
             flop_roofs.append(engine.experts.arithmetic_roof(dtype))
             yield Progress(f"context {context:,}: the machine's roofs", 1, 1)
             runs = []
@@ -160,13 +159,6 @@ def processor_name() -> str:
         if name.strip() == "model name":
             return value.strip()
     return "unknown processor"
-
-
-def _read_roof(engine: Engine) -> float:
-    """Bytes/s of the fastest of several plain loops over the experts' memory."""
-    experts = engine.experts
-    seconds = min(experts.read_weights_seconds(loop) for loop in range(len(READ_LOOPS)))
-    return experts.weight_bytes / seconds
 
 
 def _warm_up(engine: Engine, prompt: Sequence[int]) -> Generator[Progress, None, None]:

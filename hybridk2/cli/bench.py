@@ -7,7 +7,6 @@ Owns the options, the progress, the tables, the files and the exit status. What 
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from hybridk2.cli.options import arithmetic_options
+from hybridk2.cli.outputs import output_option, write_output
 from hybridk2.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,18 +57,6 @@ def _contexts(
     return contexts
 
 
-def _new_file(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
-    """Refused before measuring, which takes minutes."""
-    if value is not None and not os.access(value.parent, os.W_OK | os.X_OK):
-        raise click.BadParameter(
-            f"{value}: {value.parent} is no folder in which files can be made", ctx, param
-        )
-    return value
-
-
-_FILE = click.Path(path_type=Path, dir_okay=False)
-
-
 @click.command(epilog=_EPILOG)
 @click.argument("model", envvar="HYBRIDK2_MODEL", default="nano")
 @click.option(
@@ -93,12 +81,8 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 )
 @arithmetic_options
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON line alone.")
-@click.option(
-    "--csv", "csv_path", type=_FILE, callback=_new_file, help="Write every layer's phases here."
-)
-@click.option(
-    "--report", type=_FILE, callback=_new_file, help="Write one HTML page with pictures here."
-)
+@output_option("--csv", "csv_path", help="Write every layer's phases here.")
+@output_option("--report", help="Write one HTML page with pictures here.")
 def bench(
     model: str,
     contexts: tuple[int, ...] | None,
@@ -233,18 +217,12 @@ def _write_files(
 ) -> None:
     """Each whole or not at all. Raises ConfigError with what the system said."""
     from hybridk2.cli.notes import note
-    from hybridk2.durable_file import flush_folder, replace_file
     from hybridk2.report.page import page
 
     for path, text in (
         (csv_path, benchmark.as_csv),
         (report, lambda: page(benchmark)),
     ):
-        if path is None:
-            continue
-        try:
-            replace_file(path, text().encode())
-            flush_folder(path.parent)
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
-        note(status, f"written: {path}")
+        if path is not None:
+            write_output(path, text())
+            note(status, f"written: {path}")

@@ -52,6 +52,14 @@ def load_assistant(
     return assistant
 
 
+def load_assistant_here(choices: EngineConfig, status: Console) -> Assistant:
+    """The same in this thread, for who has no terminal to keep alive meanwhile."""
+    from hybridk2.assistant import Assistant
+
+    with _LogLines(status), LoadingBar(status) as bar:
+        return Assistant.load(choices, bar)
+
+
 def load_engine(choices: EngineConfig, status: Console) -> Engine:
     """Load a model without its text side, in this thread, and show how far that is on `status`.
 

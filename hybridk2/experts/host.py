@@ -237,6 +237,11 @@ class HostExperts:
         with _engine_errors():
             return self._open().read_weights_seconds(loop)
 
+    def read_bytes_per_second(self) -> float:
+        """Bytes/s of the fastest of several plain loops over all weights, measured now."""
+        loops = range(len(READ_LOOPS))
+        return self.weight_bytes / min(self.read_weights_seconds(loop) for loop in loops)
+
     def arithmetic_roof(self, dtype: torch.dtype) -> float | None:
         """FLOP/s of every thread multiplying in registers: the roof of calls with many tokens.
 
