@@ -95,8 +95,8 @@ def run(name: str, folder: Path, tokens: int, runs: int) -> dict[str, object]:
     print(
         f"{name}: predicted {made.decode_tokens_per_second:.2f} tok/s, measured "
         f"{measured:.2f} ({min(speeds):.2f} to {max(speeds):.2f}): {time_error:+.1%}; planned "
-        f"{planned_bytes / 1e9:.3f} GB, resident {resident_bytes / 1e9:.3f} GB: {bytes_error:+.2%}: "
-        f"{verdict}",
+        f"{planned_bytes / 1e9:.3f} GB, resident {resident_bytes / 1e9:.3f} GB: "
+        f"{bytes_error:+.2%}: {verdict}",
         flush=True,
     )
     for part in made.decode.parts:
