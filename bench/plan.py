@@ -28,11 +28,13 @@ from hybridk2.engine import Engine
 from hybridk2.hardware import MachineProfile, inspect_system
 from hybridk2.measurement import measure_machine
 from hybridk2.planner import Choices, ModelSizes, Plan, plan
+from hybridk2.request import Generation
 from hybridk2.sampling import SamplingParams
 from hybridk2.synthesis import synthesize, synthetic_config
 
 MOST_TIME_ERROR, MOST_BYTES_ERROR = 0.15, 0.01
 PROMPT_TOKENS = 64
+LONG_PROMPT_TOKENS = 512
 CONTEXT_TOKENS = 1024
 MODELS = {
     "true dimensions, 2 layers of 16 experts": ("full", 2, 16),
@@ -76,6 +78,7 @@ def run(name: str, folder: Path, tokens: int, runs: int) -> dict[str, object]:
     try:
         decode(engine, tokens=2, seed=0)  # what the first call compiles and allocates
         resident_bytes = process.memory_info().rss - before_bytes
+        prefill = read_prompt(engine)
         speeds = [decode(engine, tokens, seed) for seed in range(runs)]
         profile = measure()
         speeds += [decode(engine, tokens, seed) for seed in range(runs)]
@@ -99,12 +102,19 @@ def run(name: str, folder: Path, tokens: int, runs: int) -> dict[str, object]:
         f"{bytes_error:+.2%}: {verdict}",
         flush=True,
     )
+    predicted_prefill = made.prefill_tokens_per_second(LONG_PROMPT_TOKENS)
+    print(
+        f"    prefill of {LONG_PROMPT_TOKENS} tokens: predicted {predicted_prefill:.1f} tok/s, "
+        f"measured {prefill:.1f}"
+    )
     for part in made.decode.parts:
         print(f"    {part.seconds * 1e3:8.2f} ms  {part.name}")
     return {
         "model": name,
         "predicted_tokens_per_second": made.decode_tokens_per_second,
         "measured_tokens_per_second": speeds,
+        "predicted_prefill_tokens_per_second": predicted_prefill,
+        "measured_prefill_tokens_per_second": prefill,
         "planned_bytes": planned_bytes,
         "resident_bytes": resident_bytes,
         "machine": profile.as_dict(),
@@ -127,13 +137,24 @@ def prediction(folder: Path, profile: MachineProfile, tokens: int) -> Plan:
 
 def decode(engine: Engine, tokens: int, seed: int) -> float:
     """Tokens per second after the first one."""
+    return tokens / answer(engine, PROMPT_TOKENS, tokens + 1, seed).decode_seconds
+
+
+def read_prompt(engine: Engine) -> float:
+    """Tokens per second of a prompt of one whole chunk; the second, as the first compiles."""
+    seconds = [answer(engine, LONG_PROMPT_TOKENS, 1, seed).prefill_seconds for seed in (-1, -2)]
+    return LONG_PROMPT_TOKENS / seconds[-1]
+
+
+def answer(engine: Engine, prompt_tokens: int, tokens: int, seed: int) -> Generation:
+    """Run a prompt of random ids to its end; other seeds share no prefix."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary = engine.config.vocab_size
-    prompt = torch.randint(vocabulary, (PROMPT_TOKENS,), generator=generator).tolist()
-    params = SamplingParams(temperature=0.0, max_tokens=tokens + 1)
+    prompt = torch.randint(vocabulary, (prompt_tokens,), generator=generator).tolist()
+    params = SamplingParams(temperature=0.0, max_tokens=tokens)
     generation = engine.submit(prompt, params, stop_ids=())
-    assert sum(1 for _ in engine.tokens(generation)) == tokens + 1
-    return tokens / generation.decode_seconds
+    assert sum(1 for _ in engine.tokens(generation)) == tokens
+    return generation
 
 
 if __name__ == "__main__":
