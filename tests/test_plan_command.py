@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from hybridk2.cli import main
-from hybridk2.hardware import profile_path, save_profile
+from hybridk2.hardware import inspect_system, profile_path, save_profile
 from hybridk2.synthesis import synthesize, synthetic_config
 from tests.described_machine import WORKSTATION
 
@@ -63,6 +63,19 @@ def test_the_measured_profile_is_used_and_its_lack_is_refused(tmp_path: Path) ->
     assert "this very machine, as measured" in result.output
     result = run("kimi-k2-thinking", "--ram", "10", config_home=tmp_path)
     assert result.exit_code == 1
+
+
+def test_what_other_programs_hold_is_said_of_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_profile(profile_path(tmp_path), replace(WORKSTATION, measured=True))
+    free = replace(inspect_system(), free_gigabyte_pages=0, available_ram_bytes=599 * 10**9)
+    monkeypatch.setattr("hybridk2.hardware.inspect_system", lambda: free)
+    result = run("kimi-k2-thinking", config_home=tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "599.00 GB of host memory are free, 600.14 GB are needed" in result.output
+    free = replace(free, free_gigabyte_pages=2)
+    assert "are free" not in run("kimi-k2-thinking", config_home=tmp_path).output
 
 
 def test_a_folder_without_shards_can_be_planned(tmp_path: Path) -> None:

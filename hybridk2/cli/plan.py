@@ -114,7 +114,10 @@ def plan(
     if as_json:
         click.echo(json.dumps({"model": model, **made.as_dict()}, indent=2, allow_nan=False))
     else:
-        _print(Console(highlight=False, markup=False), model, made)
+        output = Console(highlight=False, markup=False)
+        _print(output, model, made)
+        if machine.measured and ram is None:
+            _print_what_is_free_now(output, made)
     if not made.fits:
         ctx.exit(1)
 
@@ -244,6 +247,21 @@ def _print_remarks(output: Console, made: Plan) -> None:
             output.print("fp8 caches and int8 weights round what the model computes.", style="dim")
     if not made.machine.measured:
         output.print("A described machine: speeds follow from the GB/s alone.", style="dim")
+
+
+def _print_what_is_free_now(output: Console, made: Plan) -> None:
+    """Whether other programs hold what this machine would have for the model."""
+    from hybridk2.hardware import inspect_system
+
+    system = inspect_system()
+    free = system.available_ram_bytes + system.free_gigabyte_pages * (1 << 30)
+    needed = made.places[-1].needed_bytes
+    if free < needed <= made.places[-1].capacity_bytes:
+        output.print(
+            f"Just now {_gb(free)} of host memory are free, {_gb(needed)} are needed: close other "
+            "programs before loading.",
+            style="yellow",
+        )
 
 
 def _gb(num_bytes: int) -> str:
