@@ -85,6 +85,16 @@ def test_an_interrupted_measurement_leaves_the_old_profile(
     assert os.listdir(tmp_path / "hybridk2") == ["machine.json"]
 
 
+def test_a_profile_that_cannot_be_written_is_refused_after_the_report(
+    quick: None, tmp_path: Path
+) -> None:
+    (tmp_path / "hybridk2").write_text("a file where the folder should be")
+    result = run(tmp_path)
+    assert result.exit_code == 1
+    assert "a workstation, 16 cores" in result.output
+    assert "machine.json: cannot be written" in result.output
+
+
 def test_the_disk_of_a_model_is_measured(quick: None, tmp_path: Path) -> None:
     synthesize(tmp_path / "model", synthetic_config("tiny"), seed=0)
     result = run(tmp_path, str(tmp_path / "model"), "--json")

@@ -165,6 +165,10 @@ def test_a_token_on_the_cpu_takes_its_bytes_over_their_speeds_and_the_layers_ove
     )
     assert made.decode_tokens_per_second == pytest.approx(1 / expected)
     assert made.limit == "host memory bandwidth"
+    waits = {part.name: part.resource for part in made.decode.parts}
+    assert waits["attention's weights"] == "host memory bandwidth"
+    # 50 of 210 GB/s: whatever it waits for, it is not the memory.
+    assert waits["attention over the context"] == "host arithmetic"
     slow = replace(WORKSTATION, layer_overhead_seconds=1.0)
     assert plan(K2, slow, Choices()).limit == "overhead of operators"
 

@@ -63,7 +63,7 @@ def doctor(model: str | None, as_json: bool, config_home: Path) -> None:
         profile = measurement.measure_machine(system, show)
     found = findings(system, usable_cores())
     path = profile_path(config_home)
-    save_profile(path, profile)
+    output = Console(quiet=as_json, highlight=False, markup=False)
     if as_json:
         report: dict[str, Any] = {
             "profile": str(path),
@@ -74,10 +74,9 @@ def doctor(model: str | None, as_json: bool, config_home: Path) -> None:
             "findings": [asdict(finding) for finding in found],
         }
         click.echo(json.dumps(report, indent=2, allow_nan=False))
-        return
-    output = Console(highlight=False, markup=False)
     _print_speeds(output, profile, roofs, nodes, disk)
     _print_findings(output, found)
+    save_profile(path, profile)  # last: what was measured is shown even if the disk refuses it
     output.print(f"Written to {path}; hybridk2 plan reads it.")
 
 

@@ -33,6 +33,9 @@ _TOKEN_SECONDS = 1.57e-3
 # Experts stream through the card once per chunk, so the longer the chunk the better; beyond this
 # the activations no longer fit beside the weights.
 GPU_CHUNK_TOKENS = 16_384
+# A part that reads at less than this share of the roof does not wait for memory but for its own
+# conversions and sums: as attention over the context does, which widens its latents to fp32.
+_SHARE_BOUND_BY_MEMORY = 1 / 3
 CPU_CHUNK_TOKENS = 512  # EngineConfig.prefill_chunk_tokens
 
 
@@ -97,7 +100,11 @@ def cpu_decode(sizes: ModelSizes, machine: MachineProfile, context_tokens: int) 
         ("dense layers", sizes.dense_mlp_bytes, machine.dense_bytes_per_second),
         ("lm_head", sizes.head_bytes, machine.head_bytes_per_second),
     )
-    parts = tuple(Part(name, bytes_ / speed, HOST_BANDWIDTH) for name, bytes_, speed in read)
+    slow = machine.host_read_roof_bytes_per_second * _SHARE_BOUND_BY_MEMORY
+    parts = tuple(
+        Part(name, bytes_ / speed, HOST_BANDWIDTH if speed >= slow else HOST_ARITHMETIC)
+        for name, bytes_, speed in read
+    )
     overhead = sizes.layers * machine.layer_overhead_seconds
     return DecodeTime((*parts, Part("operators of all layers", overhead, OVERHEAD)))
 
