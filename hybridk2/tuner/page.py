@@ -8,24 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from hybridk2.report.document import document
 from hybridk2.routing_trace import RoutingTrace
 from hybridk2.tuner.choice import PARTS, PolicyResult, Tuning
 from hybridk2.tuner.routing_picture import locality_map, popularity_map
-
-_STYLE = """
-:root { color-scheme: light dark; }
-body { margin: 0 auto; padding: 2rem 1.5rem 4rem; max-width: 62rem;
-  font: 16px/1.6 system-ui, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
-h1 { font-size: 1.6rem; overflow-wrap: anywhere; }
-h2 { margin-top: 2.5rem; font-size: 1.2rem; }
-p { max-width: 46rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.35rem 0.75rem; text-align: right; border-bottom: 1px solid #8884; }
-th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
-tr.chosen { font-weight: 650; }
-svg { display: block; width: 100%; min-width: 36rem; height: auto; }
-"""
 
 
 def page(model: str, about: Sequence[str], trace: RoutingTrace, tuning: Tuning) -> str:
@@ -53,26 +39,19 @@ def page(model: str, about: Sequence[str], trace: RoutingTrace, tuning: Tuning) 
         "<p>Picks of each expert, in each layer the most picked first. A layer that is dark on the "
         "left and light on the right is served by few experts; one that is even gains little."
         "</p>",
-        f'<div class="scroll">{popularity_map(trace)}</div>',
+        f'<figure class="scroll">{popularity_map(trace)}</figure>',
         "<h2>Locality</h2>",
         "<p>How many of a token's experts are picked again by the token so many places later, "
         "beside what popularity alone would give.</p>",
-        f'<div class="scroll">{locality_map(trace)}</div>',
+        f'<figure class="scroll">{locality_map(trace)}</figure>',
     )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        # Whatever a name may hold: nothing is loaded, nothing runs.
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-        f"<title>HybridK2 tune: {escape(model)}</title>\n<style>{_STYLE}</style>\n"
-        "</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
-    )
+    return document(f"HybridK2 tune: {model}", body)
 
 
 def _table(results: Iterable[PolicyResult], chosen: PolicyResult | None) -> str:
     rows = "".join(
-        f"<tr{' class=chosen' if result is chosen else ''}>"
+        f"<tr{' class=chosen' if result is chosen else ''}><td>{escape(result.name)}</td>"
+        f'<td class="words">{escape(result.meaning)}</td>'
         + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(result))
         + "</tr>"
         for result in results
@@ -84,8 +63,6 @@ def _table(results: Iterable[PolicyResult], chosen: PolicyResult | None) -> str:
 
 def _cells(result: PolicyResult) -> tuple[str, ...]:
     return (
-        result.name,
-        result.meaning,
         f"{result.experts:,}",
         f"{result.replay.hit_rate:.1%}",
         "" if result.held_out is None else f"{result.held_out.hit_rate:.1%}",
