@@ -8,20 +8,22 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
-from hybridk2.benchmark import measuring
 from hybridk2.benchmark.figures import CSV_COLUMNS
 from hybridk2.cli import main
+from hybridk2.hardware import described_machine, profile_path, save_profile
+from hybridk2.planner import Choices, ModelSizes, plan
 
 SMALL = ("--contexts", "64,128", "--tokens", "2", "--repeat", "2")
 
 
 def bench(*arguments: str, model_in_environment: str | None = None) -> Result:
-    environment = {"HYBRIDK2_MODEL": model_in_environment}
+    environment = {"HYBRIDK2_MODEL": model_in_environment, "XDG_CONFIG_HOME": "/nonexistent"}
     return CliRunner().invoke(main, ["bench", *arguments], env=environment)
 
 
@@ -113,6 +115,37 @@ def test_usage_mistakes_exit_with_2(arguments: tuple[str, ...], message: str) ->
     assert message in result.output
 
 
+def test_what_was_planned_stands_beside_what_was_measured(
+    small_checkpoint: Path, tmp_path: Path
+) -> None:
+    first = bench(str(small_checkpoint), *SMALL, "--json")
+    assert json.loads(first.stdout)["frontiers"][0]["planned_decode_tokens_per_second"] is None
+    described = described_machine(1e10, ram_bytes=1 << 34)
+    profile = replace(described, isa=json.loads(first.stdout)["isa"], cores=1, nodes=1)
+    save_profile(profile_path(tmp_path), profile)
+    options = ("--config-home", str(tmp_path), "--threads", "1")
+    result = bench(str(small_checkpoint), *SMALL, *options)
+    assert result.exit_code == 0, result.output
+    (row,) = (line for line in result.stdout.splitlines() if line.startswith("│ as planned"))
+    assert len(re.findall(r"\([+-]\d+%\)", row)) == 2
+    sizes = ModelSizes.from_checkpoint(small_checkpoint)
+    choices = Choices(132, decode_context_tokens=64 + 1)
+    planned = json.loads(result.stdout.splitlines()[-1])["frontiers"][0]
+    assert planned["planned_decode_tokens_per_second"] == pytest.approx(
+        plan(sizes, profile, choices).decode_tokens_per_second, rel=1e-4
+    )
+
+
+def test_a_profile_of_other_kernels_predicts_nothing(
+    small_checkpoint: Path, tmp_path: Path
+) -> None:
+    described = described_machine(1e10, ram_bytes=1 << 34)
+    save_profile(profile_path(tmp_path), replace(described, isa="another", cores=1, nodes=1))
+    result = bench(str(small_checkpoint), *SMALL, "--config-home", str(tmp_path), "--threads", "1")
+    assert result.exit_code == 0, result.output
+    assert not [line for line in result.stdout.splitlines() if line.startswith("│ as planned")]
+
+
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     result = bench(str(tmp_path))
     assert result.exit_code == 1
@@ -165,7 +198,3 @@ def test_the_help_has_examples_that_exist_and_needs_no_torch() -> None:
     assert len(examples) == 4
     options = set(re.findall(r"--[a-z]+", shown.stdout.split("Examples:")[0]))
     assert {option for line in examples for option in re.findall(r"--[a-z]+", line)} <= options
-
-
-def test_a_processor_has_a_name() -> None:
-    assert measuring.processor_name()

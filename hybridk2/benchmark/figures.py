@@ -155,11 +155,16 @@ class PassFigures:
 
 @dataclass(frozen=True)
 class Frontier:
-    """What was measured at one context."""
+    """What was measured at one context.
+
+    planned_tokens_per_second: of decoding, as `hybridk2 plan` predicts it from this machine's
+    profile; None where there is none.
+    """
 
     context_tokens: int
     prefill: PassFigures
     decode: PassFigures
+    planned_tokens_per_second: float | None = None
 
 
 @dataclass(frozen=True)
@@ -207,6 +212,10 @@ class Benchmark:
             "frontiers": [
                 {
                     "context_tokens": frontier.context_tokens,
+                    "planned_decode_tokens_per_second": (
+                        frontier.planned_tokens_per_second
+                        and _rounded(frontier.planned_tokens_per_second)
+                    ),
                     "prefill": frontier.prefill.as_dict(),
                     "decode": frontier.decode.as_dict(),
                 }

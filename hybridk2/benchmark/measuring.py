@@ -10,9 +10,8 @@ from __future__ import annotations
 import random
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
-from pathlib import Path
 
 import torch
 
@@ -28,6 +27,8 @@ from hybridk2.benchmark.figures import (
 )
 from hybridk2.config import EngineConfig, K2Config
 from hybridk2.engine import Engine
+from hybridk2.hardware import MachineProfile, inspect_system
+from hybridk2.planner import Choices, ModelSizes, plan
 from hybridk2.request import Generation
 from hybridk2.sampling import SamplingParams
 from hybridk2.timeline import Step, Timeline
@@ -64,11 +65,15 @@ class Progress:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: the model's name, the dtype of its activations, and how it was loaded."""
+    """What is measured: the model's name, the dtype of its activations, and how it was loaded.
+
+    profile: what `hybridk2 doctor` measured of this machine, None if it has not yet.
+    """
 
     model: str
     dtype: str
     load_seconds: float
+    profile: MachineProfile | None = None
 
 
 def measure(
@@ -80,13 +85,14 @@ def measure(
     """
     started_at = datetime.now().astimezone().isoformat(timespec="seconds")
     dtype: torch.dtype = getattr(torch, subject.dtype)
-    sizes = sizes_of(engine.config, engine.experts.weight_bytes, dtype)
+    sizes = sizes_of(engine.config, dtype)
     ids = random_ids(engine.config, workload.contexts[-1] + workload.repeat)
     prompt, last_ids = ids[: workload.contexts[-1]], ids[workload.contexts[-1] :]
     try:
         yield from _warm_up(engine, prompt)
         frontiers, read_roofs, flop_roofs = [], [], []
-        for context in workload.contexts:
+        planned = planned_decode(engine, workload, subject)
+        for context, prediction in zip(workload.contexts, planned, strict=True):
             reading = yield from _read(engine, prompt[:context])
             read_roofs.append(engine.experts.read_bytes_per_second())
             flop_roofs.append(engine.experts.arithmetic_roof(dtype))
@@ -96,13 +102,13 @@ def measure(
                 stage = f"context {context:,}: decoding, run {number} of {workload.repeat}"
                 varied = (*prompt[: context - 1], last_id)
                 runs.append((yield from _decode(engine, varied, workload.tokens, stage)))
-            frontiers.append(_frontier(context, reading, runs, sizes))
+            frontiers.append(_frontier(context, reading, runs, sizes, prediction))
     finally:
         engine.record_times(None)
     return Benchmark(
         version=__version__,
         model=subject.model,
-        machine=processor_name(),
+        machine=inspect_system().processor,
         isa=engine.experts.isa,
         threads=engine.experts.threads,
         nodes=len(engine.experts.threads_of_node),
@@ -123,42 +129,44 @@ def random_ids(config: K2Config, tokens: int) -> tuple[int, ...]:
     return tuple(generator.randrange(config.vocab_size) for _ in range(tokens))
 
 
-def sizes_of(config: K2Config, expert_bytes: int, dtype: torch.dtype) -> Sizes:
-    """What a step reads, from the model's dimensions. expert_bytes: of all routed experts.
+def sizes_of(config: K2Config, dtype: torch.dtype) -> Sizes:
+    """What a step reads: weights as published, but in the activations' dtype, and routers in fp32.
 
-    dense_bytes: attention's seven matrices, the dense layers' and the shared experts' SwiGLUs in
-    the activations' dtype, the routers in fp32, and lm_head in bf16; norms are nothing beside them.
+    lm_head stays bf16 whatever the activations are.
     """
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    moe_layers = config.num_moe_layers
-    attention = (
-        hidden * (config.q_lora_rank + config.latent_dim)
-        + config.q_lora_rank * heads * config.qk_head_dim
-        + config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
-        + heads * config.v_head_dim * hidden
-    )
-    shared = 3 * hidden * config.moe_intermediate_size * config.n_shared_experts * moe_layers
-    dense_layers = config.num_hidden_layers - moe_layers
-    values = config.num_hidden_layers * attention + shared
-    values += 3 * hidden * config.intermediate_size * dense_layers
-    routers = torch.float32.itemsize * config.n_routed_experts * hidden * moe_layers
-    head = torch.bfloat16.itemsize * config.vocab_size * hidden
+    parts = ModelSizes.from_config(config)
+    placed = parts.attention_bytes + parts.shared_bytes + parts.dense_mlp_bytes
     return Sizes(
-        expert_bytes=expert_bytes // max(moe_layers * config.n_routed_experts, 1),
-        dense_bytes=values * dtype.itemsize + routers + head,
+        expert_bytes=parts.expert_bytes,
+        dense_bytes=placed * dtype.itemsize // torch.bfloat16.itemsize
+        + parts.router_bytes * torch.float32.itemsize // torch.bfloat16.itemsize
+        + parts.head_bytes,
         latent_bytes=config.num_hidden_layers * config.latent_dim * dtype.itemsize,
-        expert_flop=2 * 3 * hidden * config.moe_intermediate_size,
+        expert_flop=2 * parts.expert_parameters,
         experts_per_token=config.num_experts_per_tok,
     )
 
 
-def processor_name() -> str:
-    """As the kernel has it, "unknown processor" where it has none."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == "model name":
-            return value.strip()
-    return "unknown processor"
+def planned_decode(engine: Engine, workload: Workload, subject: Subject) -> list[float | None]:
+    """Tokens/s at each context as `hybridk2 plan` predicts them from the machine's profile.
+
+    None where there is no profile of these kernels, threads and activations.
+    """
+    profile, experts = subject.profile, engine.experts
+    measured = profile is not None and (profile.isa, profile.cores, subject.dtype) == (
+        *(experts.isa, experts.threads),
+        "bfloat16",
+    )
+    if profile is None or not measured:
+        return [None] * len(workload.contexts)
+    sizes, on_cpu = ModelSizes.from_config(engine.config), replace(profile, gpu=None)
+    middle = workload.tokens // 2
+    return [
+        plan(
+            sizes, on_cpu, Choices(workload.context_tokens, decode_context_tokens=context + middle)
+        ).decode_tokens_per_second
+        for context in workload.contexts
+    ]
 
 
 def _warm_up(engine: Engine, prompt: Sequence[int]) -> Generator[Progress, None, None]:
@@ -214,7 +222,13 @@ def _submitted(engine: Engine, prompt: tuple[int, ...], tokens: int) -> Iterator
         raise generation.error
 
 
-def _frontier(context: int, reading: list[Step], runs: list[list[Step]], sizes: Sizes) -> Frontier:
+def _frontier(
+    context: int,
+    reading: list[Step],
+    runs: list[list[Step]],
+    sizes: Sizes,
+    planned: float | None,
+) -> Frontier:
     # Whole chunks are one kind of sample; what is left over at an end is not, where there are any.
     largest = max(step.tokens for step in reading)
     chunks = [step for step in reading if step.tokens == largest]
@@ -224,4 +238,5 @@ def _frontier(context: int, reading: list[Step], runs: list[list[Step]], sizes: 
         context,
         PassFigures.of([chunks], prefill_rates, sizes),
         PassFigures.of(runs, decode_rates, sizes),
+        planned,
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from hybridk2.cli.options import arithmetic_options
+from hybridk2.cli.options import arithmetic_options, config_home_option
 from hybridk2.cli.outputs import output_option, write_output
 from hybridk2.errors import ConfigError
 
@@ -80,6 +80,7 @@ def _contexts(
     help="Runs of decoding at each context; a prompt is read once.",
 )
 @arithmetic_options
+@config_home_option
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON line alone.")
 @output_option("--csv", "csv_path", help="Write every layer's phases here.")
 @output_option("--report", help="Write one HTML page with pictures here.")
@@ -90,6 +91,7 @@ def bench(
     repeat: int,
     threads: int | None,
     dtype: Literal["bfloat16", "float32"],
+    config_home: Path,
     as_json: bool,
     csv_path: Path | None,
     report: Path | None,
@@ -98,13 +100,15 @@ def bench(
 
     MODEL: checkpoint folder, cached Hugging Face id, or nano, which is the default. A prompt of
     random tokens is read up to each context, and from there tokens are decoded. Beside the speeds
-    stand milliseconds per phase, and the roofs that this machine reached in the same run.
+    stand milliseconds per phase, and the roofs that this machine reached in the same run; once
+    `hybridk2 doctor` has measured the machine, also what `hybridk2 plan` predicts.
     """
     from rich.console import Console
 
     from hybridk2.benchmark.measuring import Subject
     from hybridk2.cli.loading import load_engine
     from hybridk2.config import EngineConfig
+    from hybridk2.hardware import load_profile, profile_path
 
     status = Console(stderr=True)
     workload = _workload(model, contexts, tokens, repeat, status)
@@ -114,10 +118,11 @@ def bench(
         )
     except ConfigError as error:
         raise click.UsageError(str(error)) from error
+    profile = load_profile(profile_path(config_home))
     started = time.perf_counter()
     engine = load_engine(choices, status)
     try:
-        subject = Subject(model, dtype, time.perf_counter() - started)
+        subject = Subject(model, dtype, time.perf_counter() - started, profile)
         benchmark = _measured(engine, workload, subject, status)
     finally:
         engine.close()

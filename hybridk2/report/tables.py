@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from hybridk2.benchmark.figures import Benchmark, PassFigures, Spread
+from hybridk2.benchmark.figures import Benchmark, Frontier, PassFigures, Spread
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
@@ -15,7 +15,7 @@ RATES_NOTE = (
     "Medians, ± half of what the middle half spans; in brackets the share of the roof. Experts: "
     "over their workers' own time, in part of which the shared expert runs on the same cores. "
     "Dense: weights and cached latents, over the time of attention, router, shared expert, dense "
-    "layers and head."
+    "layers and head. As planned: what `hybridk2 plan` predicts from the profile of this machine."
 )
 
 MEANINGS: Mapping[str, str] = {
@@ -38,8 +38,10 @@ def rates(benchmark: Benchmark) -> Table:
     read, flop = benchmark.roofs.read_bytes_per_second, benchmark.roofs.expert_flop_per_second
     frontiers = benchmark.frontiers
     decoding, reading = [row.decode for row in frontiers], [row.prefill for row in frontiers]
+    planned = [_planned(row) for row in frontiers]
     rows = (
         ("decode tok/s", *(_rate(row.tokens_per_second, 1) for row in decoding)),
+        *([("as planned", *planned)] if any(planned) else []),
         ("experts GB/s", *(_rate(row.expert_bytes_per_second, 1e9, read) for row in decoding)),
         ("dense GB/s", *(_rate(row.dense_bytes_per_second, 1e9, read) for row in decoding)),
         ("prefill tok/s", *(_rate(row.tokens_per_second, 1) for row in reading)),
@@ -84,6 +86,11 @@ def byte_size(num_bytes: int) -> str:
     if num_bytes < 1e9:
         return f"{number(num_bytes / 1e6)} MB"
     return f"{number(num_bytes / 1e9)} GB"
+
+
+def _planned(frontier: Frontier) -> str:
+    planned, measured = frontier.planned_tokens_per_second, frontier.decode.tokens_per_second
+    return "" if planned is None else f"{number(planned)} ({planned / measured.median - 1:+.0%})"
 
 
 def _rate(rate: Spread | None, unit: float, roof: float | None = None) -> str:
