@@ -32,6 +32,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hybridk2.durable_file import flush_folder
 from hybridk2.errors import TuningError
 
 logger = logging.getLogger(__name__)
@@ -151,6 +152,7 @@ class TraceWriter:
             self._file.seek(0)
             self._file.truncate()
             self._write(start)
+            flush_folder(self.path.absolute().parent)
             return
         self._file.seek(0)
         header = _read_header(self._file, self.path)

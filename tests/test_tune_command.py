@@ -203,6 +203,17 @@ def test_a_server_records_what_it_decodes_and_tune_reads_it(tmp_path: Path) -> N
     assert result["trace"]["tokens"] == read_trace(trace).tokens
 
 
+def test_a_server_does_not_start_on_a_trace_that_is_not_its_own(
+    tmp_path: Path, recorded: Path
+) -> None:
+    before = recorded.read_bytes()
+    with started("--record-routing", str(recorded)) as server:
+        assert server.ended(60) == 1
+    assert str(recorded) in server.text
+    assert "another source" in server.text
+    assert recorded.read_bytes() == before
+
+
 # -- The page --------------------------------------------------------------------------------------
 
 

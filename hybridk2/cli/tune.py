@@ -171,20 +171,22 @@ def tune(
     if report is not None:
         write_output(report, page(model, about, trace, tuning))
     if as_json:
-        found = {
-            "model": model,
-            "trace": {"path": str(trace_path), "tokens": trace.tokens, "blocks": trace.blocks},
-            "gpu": {"name": card.name, "measured": card.measured},
-            "host_bytes_per_second": host.bytes_per_second,
-            "host_figure": host.source,
-            **tuning.as_dict(),
-            "placement": str(out),
-            "measured": None,
-            "not_measured": _NOT_MEASURED if measure else None,
-        }
-        click.echo(json.dumps(found))
+        recorded = {"path": str(trace_path), "tokens": trace.tokens, "blocks": trace.blocks}
+        found = {"model": model, "trace": recorded, "placement": str(out), **tuning.as_dict()}
+        click.echo(json.dumps(found | _figures(card, host, measure)))
     else:
         _print(about, tuning, out, report, measure)
+
+
+def _figures(card: GpuProfile, host: _HostSpeed, measure: bool) -> dict[str, Any]:
+    """What the prediction stands on, and whether anything was measured against it."""
+    return {
+        "gpu": {"name": card.name, "measured": card.measured},
+        "host_bytes_per_second": host.bytes_per_second,
+        "host_figure": host.source,
+        "measured": None,
+        "not_measured": _NOT_MEASURED if measure else None,
+    }
 
 
 def _card(name: str | None, profile: MachineProfile | None) -> GpuProfile:
