@@ -84,6 +84,7 @@ def test_a_folder_without_shards_can_be_planned(tmp_path: Path) -> None:
         shard.unlink()
     result = run(str(tmp_path / "tiny"), "--cpu-gbps", "50", "--ram", "16")
     assert result.exit_code == 0, result.output
+    assert "4 of 4 shards are not there yet" in result.output
 
 
 def test_nano_s_context_is_what_it_was_trained_for() -> None:

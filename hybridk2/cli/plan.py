@@ -104,7 +104,7 @@ def plan(
     from hybridk2.planner import Choices
     from hybridk2.planner import plan as make_plan
 
-    sizes = _sizes(model)
+    sizes, absent = _sizes(model)
     longest = sizes.max_context_tokens
     if context is not None and context > longest:
         raise click.UsageError(f"--context: the model was trained for {longest} tokens at most.")
@@ -116,6 +116,8 @@ def plan(
     else:
         output = Console(highlight=False, markup=False)
         _print(output, model, made)
+        if absent:
+            output.print(f"Planned from config and index: {absent}.", style="dim")
         if machine.measured and ram is None:
             _print_what_is_free_now(output, made)
     if not made.fits:
@@ -132,13 +134,17 @@ def _card(name: str | None, gibibytes: float | None) -> GpuProfile | None:
     return card if memory_bytes is None else replace(card, memory_bytes=memory_bytes)
 
 
-def _sizes(model: str) -> ModelSizes:
-    from hybridk2.checkpoint import locate_model
+def _sizes(model: str) -> tuple[ModelSizes, str]:
+    """The model's sizes, and which of its shards are not there yet, in words."""
+    from hybridk2.checkpoint import describe_folder, locate_model
     from hybridk2.planner import BUILT_IN, ModelSizes
 
     if model in BUILT_IN:
-        return ModelSizes.from_config(BUILT_IN[model])
-    return ModelSizes.from_checkpoint(locate_model(model))
+        return ModelSizes.from_config(BUILT_IN[model]), ""
+    described = describe_folder(locate_model(model))
+    missing = len(described.missing_shards)
+    absent = f"{missing} of {described.shards} shards are not there yet" if missing else ""
+    return ModelSizes.from_config(described.config), absent
 
 
 def _machine(
