@@ -44,7 +44,8 @@ def test_on_another_workload_of_the_model_the_choice_does_not_lose_to_frequency(
     budget: int, cost: StepCost
 ) -> None:
     """Where all layers are alike, budgets follow noise: the parts held out must notice. Allowed is
-    a tenth of a percent of the time, which other tokens of the same model move by themselves."""
+    what other tokens of the same model move by themselves: of 2000 x 12 x 8 picks a share of hits
+    has a standard error of at most sqrt(1/4 / 192,000) = 0.0011."""
     for same_layers in (False, True):
         made = {"model_seed": 5, "same_layers": same_layers, **SHAPE}
         learned, later = (skewed_trace(2000, seed=seed, **made) for seed in (1, 2))

@@ -135,9 +135,9 @@ def tune(
         )
         for name, mask in masks.items()
     )
-    chosen = min(
+    chosen = max(
         (result for result in policies if result.name != UNIFORM),
-        key=lambda result: -result.tokens_per_second,
+        key=lambda result: result.tokens_per_second,
     )
     mask = masks[chosen.name]
     empty = hits_histogram(trace.ids[:, :1], np.zeros_like(mask))

@@ -71,10 +71,10 @@ def hits_histogram(ids: Ids, mask: Mask) -> Counts:
     """How many tokens had 0 .. top_k hits: (layers, top_k + 1). mask: (layers, experts)."""
     top_k = ids.shape[2]
     rows = []
-    for layer, resident in zip(ids, mask.astype(np.uint8), strict=True):
+    for layer, resident in zip(ids, mask.astype(np.uint16), strict=True):
         hits = resident[layer[:, 0]]
         for pick in range(1, top_k):
-            hits += resident[layer[:, pick]]  # top_k is at most 255 in any published model
+            hits += resident[layer[:, pick]]
         rows.append(np.bincount(hits, minlength=top_k + 1))
     return np.stack(rows)
 
