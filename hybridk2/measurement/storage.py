@@ -64,7 +64,7 @@ def disk_bytes_per_second(folder: Path) -> float:
     files = []
     try:
         for path in sorted(folder.glob("*.safetensors")):
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             files.append(descriptor)
             size = os.fstat(descriptor).st_size
             os.posix_fadvise(descriptor, 0, size, os.POSIX_FADV_DONTNEED)
