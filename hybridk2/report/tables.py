@@ -15,7 +15,7 @@ RATES_NOTE = (
     "Medians, ± half of what the middle half spans; in brackets the share of the roof. Experts: "
     "over their workers' own time, in part of which the shared expert runs on the same cores. "
     "Dense: weights and cached latents, over the time of attention, router, shared expert, dense "
-    "layers and head. As planned: what `hybridk2 plan` predicts from the profile of this machine."
+    "layers and head. As planned, where doctor has measured the machine: what plan predicts."
 )
 
 MEANINGS: Mapping[str, str] = {
