@@ -81,6 +81,11 @@ PYBIND11_MODULE(_native, module) {
   module.def("free_gigabyte_pages", [] { return free_gigabyte_pages(kAnyNode); });
   py::class_<Job, Ticket>(module, "Ticket")
       .def_property_readonly("done", &Job::done)
+      .def_property_readonly("times",
+                             [](const Job& job) {
+                               const WorkTimes times = job.times();
+                               return std::pair(times.began, times.ended);
+                             })
       .def("wait", &Job::wait, Release())
       .def("finish", &Job::finish, Release());
   py::class_<Experts, ExpertsHolder>(module, "Experts")

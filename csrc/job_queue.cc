@@ -5,10 +5,9 @@
 //    written before the push, which happens under mutex_; the pop under the same mutex acquires it.
 //    submitted_ only tells the spinning thread that there is something to pop.
 //  - The queue's thread to the pool's workers and back: thread_pool.cc.
-//  - Results and error_ to the waiter: written before done_ is stored true, read after it was
-//  loaded
-//    true. Everything the workers wrote happens before that store through the region's last
-//    barrier.
+//  - Results, error_ and times_ to the waiter: written before done_ is stored true, read after it
+//    was loaded true. Everything the workers wrote happens before that store through the region's
+//    last barrier.
 #include "job_queue.h"
 
 #include <utility>
@@ -16,6 +15,13 @@
 #include "errors.h"
 
 namespace hybridk2 {
+namespace {
+
+double steady_seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+}  // namespace
 
 void Job::wait() {
   if (!done_.load() && getpid() != process_) {
@@ -27,6 +33,11 @@ void Job::wait() {
 
 void Job::finish() {
   if (getpid() == process_) done_bell_.wait([this] { return done_.load(); }, waiter_spin_);
+}
+
+WorkTimes Job::times() const {
+  if (!done_.load()) throw StateError("a job that is not done has no end yet");
+  return times_;
 }
 
 JobQueue::JobQueue(std::function<void()> on_start, std::chrono::microseconds spin,
@@ -70,12 +81,14 @@ void JobQueue::serve() {
     const int64_t submitted = submitted_.load();
     const bool stopping = stop_.load();
     if (const Ticket job = take()) {
+      job->times_.began = steady_seconds();
       try {
         job->work_();
       } catch (...) {
         job->error_ = std::current_exception();
       }
       job->work_ = nullptr;
+      job->times_.ended = steady_seconds();
       job->done_.store(true);
       job->done_bell_.ring();
       continue;

@@ -18,6 +18,12 @@
 
 namespace hybridk2 {
 
+// Seconds on the steady clock, which is the one of Python's time.perf_counter.
+struct WorkTimes {
+  double began;
+  double ended;
+};
+
 // A submitted job. Outlives its queue.
 class Job {
  public:
@@ -29,6 +35,8 @@ class Job {
   // The same, without throwing; in a child of fork() it returns at once.
   void finish();
   bool done() const { return done_.load(); }
+  // When a job that is done ran, from its first moment to its last. Throws StateError before.
+  WorkTimes times() const;
 
  private:
   friend class JobQueue;
@@ -36,6 +44,7 @@ class Job {
   pid_t process_ = getpid();
   std::function<void()> work_;
   std::exception_ptr error_;  // written before done_, read after
+  WorkTimes times_{};         // likewise
   std::atomic<bool> done_{false};
   Doorbell done_bell_;
 };

@@ -19,6 +19,7 @@ from hybridk2.config import EngineConfig, K2Config
 from hybridk2.engine import Engine, EngineStats
 from hybridk2.errors import CheckpointError
 from hybridk2.request import Generation
+from hybridk2.routing_trace import TraceHeader, TraceRecorder
 from hybridk2.sampling import GeneratedToken, SamplingParams, TokenConstraint
 from hybridk2.scheduler import Priority
 from hybridk2.tokenizer import Tokenizer
@@ -34,6 +35,7 @@ class Assistant:
         self.model_name = model_name
         self.tokenizer = tokenizer
         self._engine = engine
+        self._recorder: TraceRecorder | None = None
         control = tokenizer.control
         self._stop_ids = tuple({*engine.eos_token_ids, control.im_end, control.eos})
 
@@ -171,8 +173,31 @@ class Assistant:
         prefix = render(messages, tools, self.tokenizer, add_generation_prompt=False)
         self._engine.warm(prefix, should_stop)
 
+    def trace_header(self, source: str) -> TraceHeader:
+        """What a routing trace of this model says of it. source: what the model runs."""
+        config = self._engine.config
+        return TraceHeader(
+            self._engine.routing_fingerprint(),
+            config.num_moe_layers,
+            config.n_routed_experts,
+            config.num_experts_per_tok,
+            source,
+        )
+
+    def expert_read_bytes_per_second(self) -> float:
+        """What all threads read of the experts' memory when they do nothing else, measured now."""
+        return self._engine.experts.read_bytes_per_second()
+
+    def record_routing(self, recorder: TraceRecorder) -> None:
+        """Tell `recorder` from now on which experts each decoded token picks, until `close`."""
+        self._recorder = recorder
+        self._engine.watch_routing(lambda slot, ids: recorder.picked(slot, ids.cpu().numpy()))
+
     def close(self) -> None:
+        """End all replies, free the model, and finish a routing trace."""
         self._engine.close()
+        if self._recorder is not None:
+            self._recorder.close()
 
 
 class ReplyInProgress:

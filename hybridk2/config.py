@@ -356,6 +356,42 @@ class _Reader:
             raise self.refuse(name, found, json.dumps(expected))
 
 
+KIMI_K2_THINKING = K2Config(
+    model_type="kimi_k2",
+    vocab_size=163840,
+    hidden_size=7168,
+    intermediate_size=18432,
+    moe_intermediate_size=2048,
+    num_hidden_layers=61,
+    num_attention_heads=64,
+    n_routed_experts=384,
+    n_shared_experts=1,
+    num_experts_per_tok=8,
+    first_k_dense_replace=1,
+    routed_scaling_factor=2.827,
+    q_lora_rank=1536,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    rms_norm_eps=1e-5,
+    rope_theta=50000.0,
+    rope_scaling=RopeScaling(
+        factor=64.0,
+        original_max_position_embeddings=4096,
+        beta_fast=1.0,
+        beta_slow=1.0,
+        mscale=1.0,
+        mscale_all_dim=1.0,
+    ),
+    max_position_embeddings=262144,
+    bos_token_id=163584,
+    eos_token_id=163586,
+    pad_token_id=163839,
+)
+"""What the published config.json says, for plans without a file and for models made up like it."""
+
+
 DtypeName = Literal["bfloat16", "float32"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 

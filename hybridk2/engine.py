@@ -46,6 +46,7 @@ from hybridk2.sampling import (
     check_number_of_logprobs,
 )
 from hybridk2.scheduler import Priority, Scheduler
+from hybridk2.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -322,6 +323,20 @@ class Engine:
                 host_expert_share=1.0,
             )
 
+    def record_times(self, timeline: Timeline | None) -> None:
+        """Tell `timeline` from the next step on what runs when, or None: nobody."""
+        with self._stepping:
+            self._model.timeline = timeline
+
+    def watch_routing(self, on_decode: Callable[[int, torch.Tensor], None] | None) -> None:
+        """Have every later step of decoding tell which experts it picks. See K2Model."""
+        with self._stepping:
+            self._model.watch_routing(on_decode)
+
+    def routing_fingerprint(self) -> str:
+        """What tells this model's routing from another's. See K2Model."""
+        return self._model.routing_fingerprint()
+
     def close(self) -> None:
         """End all requests and free the experts' memory and threads. Waits for a step under way."""
         with self._stepping:
@@ -446,6 +461,8 @@ class Engine:
             logger.exception("no token could be sampled")
             self._end(generation, step_error(error))
             return
+        if self._model.timeline is not None:
+            self._model.timeline.mark("sampling")
         if token.id in generation.task.stop_ids:
             self._end(generation, "stop")
             return

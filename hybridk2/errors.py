@@ -60,5 +60,9 @@ class DeadlineError(EngineError):
     """A request that was not finished in the time it was given."""
 
 
+class TuningError(HybridK2Error):
+    """A workload, a routing trace or a placement file that cannot be used."""
+
+
 class SessionError(HybridK2Error):
     """A conversation file that cannot be read or written."""

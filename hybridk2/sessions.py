@@ -1,9 +1,9 @@
 """Conversations on disk: each in one file, which is always whole.
 
-Owns the file format and the order of system calls that keeps it whole: a save writes a temporary
-file, flushes it to the disk, renames it over the old one and flushes the folder, so that a crash or
-a full disk leaves the previous file or the new one, never a mixture. A file that fails its checksum
-is refused by name, and no save replaces a file that this process did not itself read or write.
+Owns the file format and who may replace what: a save replaces a file as a whole and flushes the
+folder, so that a crash or a full disk leaves the previous file or the new one, never a mixture. A
+file that fails its checksum is refused by name, and no save replaces a file that this process did
+not itself read or write.
 
 Knows nothing of models, terminals or environment variables; the caller says which folder.
 """
@@ -22,6 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from hybridk2.durable_file import flush_folder, replace_file
 from hybridk2.errors import SessionError
 
 FORMAT = "hybridk2 conversation"
@@ -147,9 +148,9 @@ class ConversationStore:
         try:
             with self._locked():
                 self._refuse_foreign(path)
-                _replace(path, data)
+                replace_file(path, data)
                 self._digests[path.name] = hashlib.sha256(data).hexdigest()
-                _flush_folder(self.folder)
+                flush_folder(self.folder)
         except OSError as error:
             raise SessionError(f"{path}: cannot be saved: {error.strerror}") from error
         return path
@@ -177,7 +178,7 @@ class ConversationStore:
             with self._locked():
                 self._refuse_foreign(path)
                 path.unlink()
-                _flush_folder(self.folder)
+                flush_folder(self.folder)
         except OSError as error:
             raise SessionError(f"{path}: cannot be removed: {error.strerror}") from error
 
@@ -227,34 +228,6 @@ class ConversationStore:
             yield
         finally:
             os.close(lock)
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Put `data` at `path`, whole or not at all.
-
-    The temporary file has one name per conversation, which the lock makes ours: what a killed
-    process left there is overwritten by the next save instead of piling up.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        with open(os.open(temporary, flags, 0o600), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make the rename itself durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _checksum(content: Any) -> str:

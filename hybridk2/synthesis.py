@@ -24,7 +24,7 @@ from typing import BinaryIO, Literal, NamedTuple
 import numpy as np
 
 from hybridk2.checkpoint import Layout, LoadProgress, Role, TensorSpec
-from hybridk2.config import GROUP_SIZE, K2Config, RopeScaling
+from hybridk2.config import GROUP_SIZE, KIMI_K2_THINKING, K2Config
 from hybridk2.errors import CheckpointError
 from hybridk2.tokenizer import CONFIG_FILE, VOCABULARY_FILE, Tokenizer
 
@@ -60,7 +60,7 @@ def synthetic_config(
     config = replace(
         _PRESETS[scale],
         model_type="kimi_k25" if variant == "k2.5" else "kimi_k2",
-        rope_scaling=replace(_YARN, beta_fast=32.0 if variant == "k2.5" else 1.0),
+        rope_scaling=replace(_FULL.rope_scaling, beta_fast=32.0 if variant == "k2.5" else 1.0),
     )
     if layers is not None:
         config = replace(config, num_hidden_layers=layers)
@@ -134,40 +134,7 @@ def _copy_tokenizer(source: Path, destination: Path) -> None:
         shutil.copyfile(source / CONFIG_FILE, destination / CONFIG_FILE)
 
 
-_YARN = RopeScaling(
-    factor=64.0,
-    original_max_position_embeddings=4096,
-    beta_fast=1.0,
-    beta_slow=1.0,
-    mscale=1.0,
-    mscale_all_dim=1.0,
-)
-_FULL = K2Config(
-    model_type="kimi_k2",
-    vocab_size=163840,
-    hidden_size=7168,
-    intermediate_size=18432,
-    moe_intermediate_size=2048,
-    num_hidden_layers=2,
-    num_attention_heads=64,
-    n_routed_experts=384,
-    n_shared_experts=1,
-    num_experts_per_tok=8,
-    first_k_dense_replace=1,
-    routed_scaling_factor=2.827,
-    q_lora_rank=1536,
-    kv_lora_rank=512,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-    rms_norm_eps=1e-5,
-    rope_theta=50000.0,
-    rope_scaling=_YARN,
-    max_position_embeddings=262144,
-    bos_token_id=163584,
-    eos_token_id=163586,
-    pad_token_id=163839,
-)
+_FULL = replace(KIMI_K2_THINKING, num_hidden_layers=2)
 
 
 def _with_vocabulary(config: K2Config, vocab_size: int) -> K2Config:

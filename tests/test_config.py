@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridk2.config import EngineConfig, K2Config
+from hybridk2.config import KIMI_K2_THINKING, EngineConfig, K2Config
 from hybridk2.errors import ConfigError
 
 K2_THINKING = {
@@ -164,3 +164,7 @@ def test_engine_choices_are_checked() -> None:
         EngineConfig(max_queued=0)
     with pytest.raises(ConfigError, match="dtype"):
         EngineConfig(dtype="float16")  # type: ignore[arg-type]
+
+
+def test_the_built_in_configuration_is_the_published_one() -> None:
+    assert K2Config.from_dict(K2_THINKING) == KIMI_K2_THINKING

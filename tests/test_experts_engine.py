@@ -324,6 +324,21 @@ def test_tickets_outlive_the_engine_and_may_be_waited_for_twice(layer: RandomLay
         experts.submit(0, x, ids, weights)
 
 
+def test_a_ticket_knows_when_its_work_ran_once_it_has(layer: RandomLayer) -> None:
+    x = random_activations(256, HIDDEN, torch.bfloat16)
+    ids, weights = random_routing(256, EXPERTS, TOP_K)
+    with loaded(layer, threads=2) as experts:
+        before = time.perf_counter()
+        tickets = [experts.submit(0, x, ids, weights) for _ in range(20)]
+        with pytest.raises(EngineError, match="no end yet"):
+            tickets[-1].times()
+        for ticket in tickets:
+            experts.wait(ticket)
+        after = time.perf_counter()
+    times = [moment for ticket in tickets for moment in ticket.times()]
+    assert [before, *times, after] == sorted([before, *times, after])  # one after the other
+
+
 def test_a_ticket_may_be_dropped_with_its_tensors(layer: RandomLayer) -> None:
     with loaded(layer, threads=2) as experts:
         for seed in range(50):

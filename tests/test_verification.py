@@ -286,7 +286,7 @@ def test_a_fault_is_named_by_layer_and_part(
 def test_a_fault_between_the_parts_shows_in_the_layer_output(
     small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def without_shared_expert(self: MixtureOfExperts, x: Tensor) -> Tensor:
+    def without_shared_expert(self: MixtureOfExperts, x: Tensor, *_: object) -> Tensor:
         pending = self._experts.submit(self._slot, x, *self.router(x))
         return self._experts.collect(pending).to(x.dtype)
 

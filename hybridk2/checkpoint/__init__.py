@@ -5,6 +5,7 @@ another model over the headers alone, and reading hands out plain torch tensors.
 what is computed with them or where they live afterwards.
 """
 
+from hybridk2.checkpoint.description import FolderDescription, describe_folder
 from hybridk2.checkpoint.layout import Layout, QuantizedSpec, Role, TensorSpec
 from hybridk2.checkpoint.location import download_model, locate_model
 from hybridk2.checkpoint.progress import LoadProgress
@@ -23,6 +24,7 @@ __all__ = [
     "Checkpoint",
     "ExpertReader",
     "ExpertWeights",
+    "FolderDescription",
     "LayerWeights",
     "Layout",
     "LoadProgress",
@@ -32,6 +34,7 @@ __all__ = [
     "Role",
     "RouterWeights",
     "TensorSpec",
+    "describe_folder",
     "download_model",
     "locate_model",
 ]

@@ -45,7 +45,7 @@ def open_folder(folder: Path) -> CheckpointFolder:
 
     Raises CheckpointError (or ConfigError, for config.json) naming the file and the tensor.
     """
-    file_names = _list_folder(folder)
+    file_names = list_folder(folder)
     config_path = folder / "config.json"
     if "config.json" not in file_names:
         raise CheckpointError(
@@ -56,7 +56,7 @@ def open_folder(folder: Path) -> CheckpointFolder:
     layout = Layout(config)
     if INDEX_FILE in file_names:
         index_path = folder / INDEX_FILE
-        weight_map = _read_index(index_path)
+        weight_map = read_index(index_path)
         shards = _open_shards(folder, sorted(set(weight_map.values())))
         shard_of = _owners(shards.values())
         _check_index(index_path, weight_map, shard_of)
@@ -72,7 +72,8 @@ def open_folder(folder: Path) -> CheckpointFolder:
     return CheckpointFolder(config, eos_token_ids, layout, shards, shard_of)
 
 
-def _list_folder(folder: Path) -> set[str]:
+def list_folder(folder: Path) -> set[str]:
+    """The names in a folder. Raises CheckpointError when it cannot be read."""
     try:
         return set(os.listdir(folder))
     except FileNotFoundError as error:
@@ -102,7 +103,8 @@ def _eos_token_ids(folder: Path, config: K2Config) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
+    """From tensor names to shards, as the index has it. Raises CheckpointError."""
     weight_map = read_object(path).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(
@@ -134,7 +136,7 @@ def _open_shards(folder: Path, names: list[str]) -> dict[str, SafetensorsFile]:
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise CheckpointError(
-            f"{folder}: {len(missing)} of {len(names)} shards are missing: {_some(missing, 8)}. "
+            f"{folder}: {len(missing)} of {len(names)} shards are missing: {some(missing, 8)}. "
             "Is the download complete?"
         )
     return {name: SafetensorsFile.open(folder / name) for name in names}
@@ -167,7 +169,7 @@ def _check_index(
     unlisted = [name for name in shard_of if name not in weight_map]
     if unlisted:
         raise CheckpointError(
-            f"{shard_of[unlisted[0]].path}: {_some(map(shown, unlisted))}: in the shard, but not "
+            f"{shard_of[unlisted[0]].path}: {some(map(shown, unlisted))}: in the shard, but not "
             f"listed in {path.name}. Are all files of the same download?"
         )
 
@@ -194,7 +196,7 @@ def _check_against_config(
             )
     if missing:
         raise CheckpointError(
-            f"{folder}: tensors that config.json implies are in no shard: {_some(missing)}. "
+            f"{folder}: tensors that config.json implies are in no shard: {some(missing)}. "
             "Is the download complete, and is config.json of the same model?"
         )
     if found == len(shard_of):
@@ -208,7 +210,8 @@ def _check_against_config(
             )
 
 
-def _some(names: Iterable[str], limit: int = _NAMES_IN_A_MESSAGE) -> str:
+def some(names: Iterable[str], limit: int = _NAMES_IN_A_MESSAGE) -> str:
+    """The first names of a list as a message carries them."""
     every = list(names)
     more = len(every) - limit
     return ", ".join(every[:limit]) + (f" and {more} more" if more > 0 else "")

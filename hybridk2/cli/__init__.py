@@ -21,8 +21,12 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports of a program that C
 
 # Each is the attribute of the same name in hybridk2.cli.<name>.
 SUBCOMMANDS = {
+    "bench": "Measure how fast a model runs here, and where its time goes.",
     "chat": "Talk to a model in the terminal, or ask it one question.",
     "serve": "Answer over HTTP, as chat front ends, agents and libraries ask.",
+    "plan": "Say whether a model fits a machine and how fast it will be, before it is loaded.",
+    "doctor": "Measure this machine, and say what is wrong with it and what mends it.",
+    "tune": "Choose which experts to keep on a graphics card, from prompts of your own.",
     "synth": "Write a random-weight checkpoint in K2-Thinking's exact format.",
     "verify": "Check a checkpoint, and this engine's outputs against transformers.",
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hybridk2.assistant import Assistant
     from hybridk2.checkpoint import LoadProgress
     from hybridk2.config import EngineConfig
+    from hybridk2.engine import Engine
 
 
 NANO_NOTE = (
@@ -51,25 +52,65 @@ def load_assistant(
     return assistant
 
 
+def load_assistant_here(choices: EngineConfig, status: Console) -> Assistant:
+    """The same in this thread, for who has no terminal to keep alive meanwhile."""
+    from hybridk2.assistant import Assistant
+
+    with _LogLines(status), LoadingBar(status) as bar:
+        return Assistant.load(choices, bar)
+
+
+def load_engine(choices: EngineConfig, status: Console) -> Engine:
+    """Load a model without its text side, in this thread, and show how far that is on `status`.
+
+    Raises the HybridK2Error of whatever is wrong with the checkpoint, the choices or the machine.
+    """
+    from hybridk2.engine import Engine
+
+    with _LogLines(status), LoadingBar(status) as bar:
+        return Engine.load(choices, bar)
+
+
 def show_progress(moments: Iterable[LoadProgress], status: Console) -> None:
-    """Draw the bar until nothing more comes; without a terminal, one line per finished stage."""
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}")
-    quiet = not is_terminal(status)
-    with Progress(*columns, console=status, transient=True, disable=quiet) as bar:
-        tasks: dict[str, TaskID] = {}
+    """Draw the bar until nothing more comes."""
+    with LoadingBar(status) as bar:
         for progress in moments:
-            stage = printable_line(progress.stage)
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, figures="")
-            bar.update(
-                tasks[stage],
-                completed=progress.done_bytes,
-                total=progress.total_bytes,
-                figures=figures(progress),
-            )
-            if progress.done_bytes >= progress.total_bytes:
-                line = f"{stage}: {figures(progress)}, {progress.seconds:.1f} s"
-                note(status, line)
+            bar(progress)
+
+
+class LoadingBar:
+    """While entered, draws what it is told; without a terminal, one line per finished stage."""
+
+    def __init__(self, status: Console) -> None:
+        self._status = status
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[figures]}"),
+        )
+        quiet = not is_terminal(status)
+        self._bar = Progress(*columns, console=status, transient=True, disable=quiet)
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, progress: LoadProgress) -> None:
+        stage = printable_line(progress.stage)
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bar.add_task(stage, figures="")
+        self._bar.update(
+            self._tasks[stage],
+            completed=progress.done_bytes,
+            total=progress.total_bytes,
+            figures=figures(progress),
+        )
+        if progress.done_bytes >= progress.total_bytes:
+            note(self._status, f"{stage}: {figures(progress)}, {progress.seconds:.1f} s")
 
 
 def figures(progress: LoadProgress) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 import click
 
 from hybridk2.cli.options import engine_options, model_options
+from hybridk2.cli.outputs import output_option
 from hybridk2.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from hybridk2.config import EngineConfig
     from hybridk2.server.listener import HttpServer
     from hybridk2.server.security import Gate
+
+logger = logging.getLogger(__name__)
 
 _GRACE_SECONDS = 1.0  # for the engine to finish its step at the end
 
@@ -92,6 +96,11 @@ def _refuse_key_on_command_line(
     show_default=True,
     help="Of the log on standard error.",
 )
+@output_option(
+    "--record-routing",
+    "trace",
+    help="Record which experts each decoded token picks, for `hybridk2 tune`; never text.",
+)
 @engine_options
 @click.pass_context
 def serve(
@@ -111,6 +120,7 @@ def serve(
     request_timeout: float | None,
     drain_seconds: float,
     log_format: str,
+    trace: Path | None,
     threads: int | None,
     context: int | None,
     dtype: Literal["bfloat16", "float32"],
@@ -150,7 +160,7 @@ def serve(
 
     metrics = ServerMetrics()
     moments: SimpleQueue[LoadProgress | None] = SimpleQueue()
-    worker = EngineWorker(_loader(choices, download, moments), capacity, metrics.count_reply)
+    worker = EngineWorker(_loader(choices, download, trace, moments), capacity, metrics.count_reply)
     server_context = ServerContext(worker, settings, metrics)
     server = HttpServer(create_app(server_context, gate), server_context, drain_seconds)
     announcements = Announcements(
@@ -200,9 +210,15 @@ def _gate(
 
 
 def _loader(
-    choices: EngineConfig, download: bool, moments: SimpleQueue[LoadProgress | None]
+    choices: EngineConfig,
+    download: bool,
+    trace: Path | None,
+    moments: SimpleQueue[LoadProgress | None],
 ) -> Callable[[Callable[[LoadProgress], None]], Assistant]:
-    """What loads the model in the worker's thread; `moments` gets its progress, then None."""
+    """What loads the model in the worker's thread; `moments` gets its progress, then None.
+
+    trace: where routing is recorded from then on.
+    """
 
     def load(on_progress: Callable[[LoadProgress], None]) -> Assistant:
         from hybridk2.assistant import Assistant
@@ -215,11 +231,27 @@ def _loader(
         try:
             if download:
                 download_model(choices.model, tell)
-            return Assistant.load(choices, tell)
+            assistant = Assistant.load(choices, tell)
+            if trace is not None:
+                _record_routing(assistant, trace)
+            return assistant
         finally:
             moments.put(None)
 
     return load
+
+
+def _record_routing(assistant: Assistant, trace: Path) -> None:
+    """Into `trace`, after what an earlier server recorded there. Raises TuningError."""
+    from hybridk2.routing_trace import SERVED_BLOCK_TOKENS, TraceRecorder, TraceWriter
+
+    try:
+        writer = TraceWriter(trace, assistant.trace_header("server"))
+    except BaseException:
+        assistant.close()
+        raise
+    assistant.record_routing(TraceRecorder(writer, SERVED_BLOCK_TOKENS))
+    logger.info("routing is recorded to %s, after %d tokens", trace, writer.tokens)
 
 
 def _url(host: str, port: int) -> str:

@@ -66,6 +66,14 @@ class Ticket:
     def __del__(self) -> None:
         self._job.finish()
 
+    def times(self) -> tuple[float, float]:
+        """When the workers began and ended, in seconds of time.perf_counter.
+
+        Raises EngineError as long as they have not ended; after `HostExperts.wait` they have.
+        """
+        with _engine_errors():
+            return self._job.times
+
     def result(self) -> Tensor:
         """Wait, then the layer's output; what failed in a worker is raised as the extension's."""
         self._job.wait()
@@ -228,6 +236,11 @@ class HostExperts:
         """
         with _engine_errors():
             return self._open().read_weights_seconds(loop)
+
+    def read_bytes_per_second(self) -> float:
+        """Bytes/s of the fastest of several plain loops over all weights, measured now."""
+        loops = range(len(READ_LOOPS))
+        return self.weight_bytes / min(self.read_weights_seconds(loop) for loop in loops)
 
     def arithmetic_roof(self, dtype: torch.dtype) -> float | None:
         """FLOP/s of every thread multiplying in registers: the roof of calls with many tokens.

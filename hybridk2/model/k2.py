@@ -5,7 +5,8 @@ Knows tensors and the cache, not where weights come from on disk, requests, samp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from hybridk2.kv_cache import CacheSequence
 from hybridk2.model.attention import LatentAttention
 from hybridk2.model.layers import DECODE_ROWS, RotaryTable, place_mlp, rms_norm, swiglu
 from hybridk2.model.moe import MixtureOfExperts
+from hybridk2.timeline import Timeline
 
 # Rows of lm_head that are widened to fp32 at a time. 4 MB stays in cache; blocks of 30 MB and more
 # went through DRAM and took four times as long on a 7168 x 18432 matrix (2 Zen 4 cores).
@@ -38,6 +40,7 @@ class DecoderLayer:
         dtype: torch.dtype,
     ) -> None:
         """experts: needed by MoE layers, None for dense ones."""
+        self._layer = layer
         self._eps = config.rms_norm_eps
         self._input_norm = device.place(weights.input_norm.to(dtype))
         self._post_attention_norm = device.place(weights.post_attention_norm.to(dtype))
@@ -66,22 +69,35 @@ class DecoderLayer:
         sin: Tensor,
         sequence: CacheSequence,
         absorbed: bool | None = None,
+        timeline: Timeline | None = None,
     ) -> Tensor:
         """hidden: (tokens, hidden). See LatentAttention.forward for the rest."""
         x = self.attention_input(hidden)
         hidden = hidden + self.attention.forward(x, cos, sin, sequence, absorbed)
-        return hidden + self.feed_forward(self.feed_forward_input(hidden))
+        return self._add_feed_forward(hidden, None, timeline)
 
     def decode(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, sequences: Sequence[CacheSequence]
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        sequences: Sequence[CacheSequence],
+        timeline: Timeline | None = None,
     ) -> Tensor:
         """hidden: (rows, hidden), one token of each sequence, then padding."""
         x = self.attention_input(hidden)
         hidden = hidden + self.attention.decode(x, cos, sin, sequences)
-        x = self.feed_forward_input(hidden)
-        if self.moe is None:
-            return hidden + swiglu(x, self._mlp)
-        return hidden + self.moe.forward(x, len(sequences))
+        return self._add_feed_forward(hidden, len(sequences), timeline)
+
+    def _add_feed_forward(
+        self, hidden: Tensor, tokens: int | None, timeline: Timeline | None
+    ) -> Tensor:
+        if timeline is not None:
+            timeline.mark("attention", self._layer)
+        hidden = hidden + self.feed_forward(self.feed_forward_input(hidden), tokens, timeline)
+        if timeline is not None:
+            timeline.mark("dense MLP" if self.moe is None else "adding", self._layer)
+        return hidden
 
     def attention_input(self, hidden: Tensor) -> Tensor:
         return rms_norm(hidden, self._input_norm, self._eps)
@@ -89,12 +105,20 @@ class DecoderLayer:
     def feed_forward_input(self, hidden: Tensor) -> Tensor:
         return rms_norm(hidden, self._post_attention_norm, self._eps)
 
-    def feed_forward(self, x: Tensor) -> Tensor:
-        return self.moe.forward(x) if self.moe is not None else swiglu(x, self._mlp)
+    def feed_forward(
+        self, x: Tensor, tokens: int | None = None, timeline: Timeline | None = None
+    ) -> Tensor:
+        """x: (rows, hidden), normed. See MixtureOfExperts.forward for the rest."""
+        if self.moe is None:
+            return swiglu(x, self._mlp)
+        return self.moe.forward(x, tokens, timeline)
 
 
 class K2Model:
-    """Hidden states and logits of token sequences."""
+    """Hidden states and logits of token sequences.
+
+    timeline: told what ran when; None, as at first, where nobody asks.
+    """
 
     def __init__(
         self,
@@ -109,6 +133,7 @@ class K2Model:
         """embedding, lm_head: (vocab, hidden) bf16, kept as they are. dtype: of activations."""
         self.config = config
         self.layers = layers
+        self.timeline: Timeline | None = None
         self._device = device
         self._dtype = dtype
         self._embedding = embedding
@@ -128,10 +153,15 @@ class K2Model:
         token_ids, positions: (tokens,) int64 on the host. The sequence must have room for them
         (CacheSequence.reserve). Returns hidden states after the last layer: (tokens, hidden).
         """
+        timeline = self.timeline
+        if timeline is not None:
+            timeline.begin("prefill", token_ids.shape[0], sequence.length)
         hidden = self._device.place(F.embedding(token_ids, self._embedding).to(self._dtype))
         cos, sin = self._rotary(self._device.place(positions))
+        if timeline is not None:
+            timeline.mark("embedding")
         for layer in self.layers:
-            hidden = layer.forward(hidden, cos, sin, sequence, absorbed)
+            hidden = layer.forward(hidden, cos, sin, sequence, absorbed, timeline)
         sequence.advance(token_ids.tolist())
         return hidden
 
@@ -153,19 +183,46 @@ class K2Model:
         """
         tokens = len(sequences)
         assert 1 <= tokens == len(token_ids) <= DECODE_ROWS, f"{tokens} sequences"
+        timeline = self.timeline
+        if timeline is not None:
+            timeline.begin("decode", tokens, max(sequence.length for sequence in sequences))
         padding = DECODE_ROWS - tokens if rows_are_independent or tokens > 1 else 0
         embedded = F.embedding(torch.tensor(token_ids), self._embedding).to(self._dtype)
         hidden = self._device.place(F.pad(embedded, (0, 0, 0, padding)))
         positions = [sequence.length for sequence in sequences] + [0] * padding
         cos, sin = self._rotary(self._device.place(torch.tensor(positions)))
+        if timeline is not None:
+            timeline.mark("embedding")
         for layer in self.layers:
-            hidden = layer.decode(hidden, cos, sin, sequences)
+            hidden = layer.decode(hidden, cos, sin, sequences, timeline)
         return hidden
 
     @property
     def experts_read(self) -> int:
         """How many routed experts all calls so far read, layer by layer."""
         return sum(layer.moe.experts_read for layer in self.layers if layer.moe is not None)
+
+    def watch_routing(self, on_decode: Callable[[int, Tensor], None] | None) -> None:
+        """Have every later step of decoding tell which experts it picks; None ends that.
+
+        on_decode: called in each MoE layer, in order, with the layer's slot and the picks (tokens,
+        top_k) int32 on the device.
+        """
+        for layer in self.layers:
+            if layer.moe is not None:
+                layer.moe.on_decode = on_decode
+
+    def routing_fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of what tells one model's routing from another's: dimensions,
+        every router's bias, and its weights of the first expert."""
+        config = self.config
+        shape = (config.num_moe_layers, config.n_routed_experts, config.num_experts_per_tok)
+        digest = hashlib.sha256(repr(shape).encode())
+        for layer in self.layers:
+            if layer.moe is not None:
+                for values in layer.moe.router.identifying_values():
+                    digest.update(values.cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: (tokens, hidden) after the last layer. Returns (tokens, vocab) fp32 logits.
@@ -184,4 +241,6 @@ class K2Model:
             block = self._lm_head[first : first + rows]
             widened = wide[: block.shape[0]].copy_(block)
             logits[:, first : first + rows] = F.linear(x, widened)
+        if self.timeline is not None:
+            self.timeline.mark("head")
         return logits

@@ -5,6 +5,8 @@ The routing decision is taken here in fp32; who computes an expert and where is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +16,7 @@ from hybridk2.config import K2Config
 from hybridk2.device import Device
 from hybridk2.experts.router import AsyncRouter
 from hybridk2.model.layers import place_mlp, swiglu
+from hybridk2.timeline import Timeline
 
 
 class TopKRouter:
@@ -39,6 +42,11 @@ class TopKRouter:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * self._scaling_factor
         return expert_ids.int(), weights
 
+    def identifying_values(self) -> tuple[Tensor, Tensor]:
+        """The bias (experts,) and the first expert's row (hidden,), fp32: no two models share
+        them, and unlike the whole matrix they are hashed in no time."""
+        return self._bias, self._weight[0]
+
 
 class MixtureOfExperts:
     """The feed-forward block of a MoE layer."""
@@ -55,22 +63,42 @@ class MixtureOfExperts:
     ) -> None:
         """slot: index of the layer among the MoE layers."""
         self._slot = slot
+        self._layer = slot + config.first_k_dense_replace
         self._shared = place_mlp(shared, device, dtype)
         self._experts = experts
         self.router = TopKRouter(config, router, device)
         self.experts_read = 0  # over all calls, how many different experts each needed
+        # Told the slot and the picks (tokens, top_k) of every decoded step; None: nobody asks.
+        self.on_decode: Callable[[int, Tensor], None] | None = None
 
-    def forward(self, x: Tensor, tokens: int | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, tokens: int | None = None, timeline: Timeline | None = None
+    ) -> Tensor:
         """x: (rows, hidden), normed. Returns routed sum + shared expert, in x's dtype.
 
         The shared expert runs on the device while the host computes the routed ones. tokens: so
-        many rows are tokens and the rest padding, for which no expert works; None: all are.
+        many rows are tokens and the rest padding, for which no expert works, in a step of decoding;
+        None: all are, of a prompt.
+        timeline: told what ran when.
         """
         expert_ids, weights = (picked[:tokens] for picked in self.router(x))
+        if timeline is not None:
+            timeline.mark("router", self._layer)
         pending = self._experts.submit(self._slot, x[:tokens], expert_ids, weights)
+        if timeline is not None:
+            timeline.mark("handoff", self._layer)
         shared = self.shared_expert(x)
-        self.experts_read += len(set(expert_ids.flatten().tolist()))
-        shared[:tokens] += self._experts.collect(pending).to(x.dtype)
+        experts_read = len(set(expert_ids.flatten().tolist()))
+        self.experts_read += experts_read
+        if tokens is not None and self.on_decode is not None:
+            self.on_decode(self._slot, expert_ids)
+        if timeline is not None:
+            timeline.mark("shared expert", self._layer)
+        routed = self._experts.collect(pending)
+        if timeline is not None:
+            timeline.mark("waiting", self._layer)
+            timeline.add_host_call(self._layer, experts_read, *pending.ticket.times())
+        shared[:tokens] += routed.to(x.dtype)
         return shared
 
     def shared_expert(self, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "check.h"
+#include "errors.h"
 #include "job_queue.h"
 #include "thread_pool.h"
 
@@ -89,6 +90,23 @@ void test_jobs_run_in_order_and_report_their_errors() {
   for (size_t i = 0; i < order.size(); ++i) CHECK(order[i] == static_cast<int>(i));
   CHECK(tickets.back()->done());
   tickets.back()->wait();
+  double last = 0;  // one after the other, those that threw as well
+  for (const Ticket& ticket : tickets) {
+    CHECK(last <= ticket->times().began && ticket->times().began <= ticket->times().ended);
+    last = ticket->times().ended;
+  }
+}
+
+void test_a_job_has_no_times_before_it_is_done() {
+  std::atomic<bool> go{false};
+  JobQueue queue([] {}, kSpin, kSpin);
+  const Ticket ticket = queue.submit([&] {
+    while (!go.load()) std::this_thread::yield();
+  });
+  CHECK_THROWS(StateError, ticket->times());
+  go.store(true);
+  ticket->wait();
+  CHECK(ticket->times().began > 0);
 }
 
 void test_many_submit_and_wait_at_once() {
@@ -119,6 +137,7 @@ int main() {
     test_a_sleeping_pool_wakes(plan);
   }
   test_jobs_run_in_order_and_report_their_errors();
+  test_a_job_has_no_times_before_it_is_done();
   test_many_submit_and_wait_at_once();
   std::printf("%s\n", failures == 0 ? "ok" : "FAILED");
   return failures == 0 ? 0 : 1;

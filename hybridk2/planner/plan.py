@@ -1,0 +1,289 @@
+"""The plan: what lies where, whether it fits, and the nearest settings that do.
+
+Owns the places and the search for settings. How long things take is `timing`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from hybridk2.hardware import CARDS, GpuProfile, MachineProfile
+from hybridk2.planner.sizes import DenseDtype, KvDtype, ModelSizes
+from hybridk2.planner.timing import (
+    DecodeTime,
+    PrefillTime,
+    cpu_decode,
+    cpu_prefill,
+    gpu_decode,
+    gpu_prefill,
+)
+
+GIGABYTE = 1_000_000_000
+# Of a card: the CUDA context, activations of a chunk, the ring that experts stream through.
+GPU_RESERVE_BYTES = 1_900_000_000
+# What loading and serving need beyond the weights, as experts.loading counts it.
+HOST_WORKING_BYTES = 1_000_000_000
+
+_SHORTEST_CONTEXT = 4096
+
+_CARD, _HOST = "GPU memory", "host memory"
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a person may choose. The engine of today computes bf16 only; fp8 and INT8 are planned
+    for the card, and plans may ask what they would bring.
+
+    context_tokens: to make room for; speeds are those of a conversation of
+    decode_context_tokens."""
+
+    context_tokens: int = 32_768
+    kv_dtype: KvDtype = "bf16"
+    dense: DenseDtype = "bf16"
+    decode_context_tokens: int = 8_192
+
+
+@dataclass(frozen=True)
+class Place:
+    """A memory, what is to lie in it, and how much of it there is."""
+
+    name: str
+    contents: tuple[tuple[str, int], ...]
+    capacity_bytes: int
+
+    @property
+    def needed_bytes(self) -> int:
+        return sum(num_bytes for _, num_bytes in self.contents)
+
+    @property
+    def shortfall_bytes(self) -> int:
+        return max(self.needed_bytes - self.capacity_bytes, 0)
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """Settings with which a place is large enough. options: as the command line takes them."""
+
+    place: str
+    options: str
+    effect: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model on a machine.
+
+    resident_experts_per_layer: routed experts on the card. free_gpu_bytes: of the card for them,
+    negative when not even the rest fits; None without a card. nearest: empty when it fits.
+    """
+
+    sizes: ModelSizes
+    machine: MachineProfile
+    choices: Choices
+    places: tuple[Place, ...]
+    resident_experts_per_layer: int
+    free_gpu_bytes: int | None
+    decode: DecodeTime
+    nearest: tuple[Nearest, ...]
+
+    @property
+    def fits(self) -> bool:
+        return not self.shortfall_bytes
+
+    @property
+    def shortfall_bytes(self) -> int:
+        """What is missing, over all places."""
+        return sum(place.shortfall_bytes for place in self.places)
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        return 1 / self.decode.seconds
+
+    @property
+    def limit(self) -> str:
+        """What decoding waits for most."""
+        return self.decode.limit
+
+    def prefill(self, prompt_tokens: int) -> PrefillTime:
+        """The time of a prompt of so many tokens, none of them cached."""
+        gpu = self.machine.gpu
+        if gpu is None:
+            return cpu_prefill(self.sizes, self.machine, prompt_tokens)
+        share = self.resident_experts_per_layer / self.sizes.experts_per_layer
+        return gpu_prefill(self.sizes, self.machine, gpu, prompt_tokens, resident_share=share)
+
+    def prefill_tokens_per_second(self, prompt_tokens: int) -> float:
+        return prompt_tokens / self.prefill(prompt_tokens).seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON; prompts of 512, 4096 and 16384 tokens."""
+        prompts = (512, 4096, 16_384)
+        return {
+            "fits": self.fits,
+            "shortfall_bytes": self.shortfall_bytes,
+            "places": [
+                {
+                    "name": place.name,
+                    "contents": dict(place.contents),
+                    "needed_bytes": place.needed_bytes,
+                    "capacity_bytes": place.capacity_bytes,
+                }
+                for place in self.places
+            ],
+            "nearest": [asdict(setting) for setting in self.nearest],
+            "resident_experts_per_layer": self.resident_experts_per_layer,
+            "free_gpu_bytes": self.free_gpu_bytes,
+            "decode_tokens_per_second": self.decode_tokens_per_second,
+            "limit": self.limit,
+            "decode_parts": [asdict(part) for part in self.decode.parts],
+            "overlapped_seconds": self.decode.overlapped_seconds,
+            "prefill_tokens_per_second": {
+                str(tokens): self.prefill_tokens_per_second(tokens) for tokens in prompts
+            },
+            "prefill_limit": {str(tokens): self.prefill(tokens).limit for tokens in prompts},
+            "choices": asdict(self.choices),
+            "sizes": asdict(self.sizes),
+            "machine": self.machine.as_dict(),
+        }
+
+
+def plan(sizes: ModelSizes, machine: MachineProfile, choices: Choices) -> Plan:
+    """Lay the model out on the machine."""
+    made = _lay_out(sizes, machine, choices)
+    return made if made.fits else replace(made, nearest=tuple(_nearest(made)))
+
+
+def free_gpu_bytes(sizes: ModelSizes, gpu: GpuProfile, choices: Choices) -> int:
+    """Of the card, for routed experts; negative when not even the rest fits."""
+    cache = choices.context_tokens * sizes.latent_bytes(choices.kv_dtype)
+    return gpu.memory_bytes - sizes.gpu_weight_bytes(choices.dense) - cache - GPU_RESERVE_BYTES
+
+
+def _lay_out(sizes: ModelSizes, machine: MachineProfile, choices: Choices) -> Plan:
+    gpu = machine.gpu
+    context = min(choices.decode_context_tokens, choices.context_tokens)
+    if gpu is None:
+        host = Place(_HOST, _host_contents(sizes, choices), machine.ram_bytes)
+        decode = cpu_decode(sizes, machine, context)
+        return Plan(sizes, machine, choices, (host,), 0, None, decode, ())
+    weights = sizes.gpu_weight_bytes(choices.dense)
+    cache = choices.context_tokens * sizes.latent_bytes(choices.kv_dtype)
+    free = free_gpu_bytes(sizes, gpu, choices)
+    resident = min(max(free, 0) // (sizes.moe_layers * sizes.expert_bytes), sizes.experts_per_layer)
+    resident_bytes = resident * sizes.moe_layers * sizes.expert_bytes
+    card = Place(
+        _CARD,
+        (
+            ("weights but routed experts", weights),
+            ("latent cache", cache),
+            ("reserve", GPU_RESERVE_BYTES),
+            ("routed experts", resident_bytes),
+        ),
+        gpu.memory_bytes,
+    )
+    host = Place(
+        _HOST,
+        (
+            ("routed experts", sizes.routed_bytes - resident_bytes),
+            ("embedding", sizes.embedding_bytes),
+            ("to work with", HOST_WORKING_BYTES),
+        ),
+        machine.ram_bytes,
+    )
+    decode = gpu_decode(
+        sizes,
+        machine.host_read_bytes_per_second,
+        gpu,
+        context_tokens=context,
+        kv_dtype=choices.kv_dtype,
+        dense=choices.dense,
+        resident_share=resident / sizes.experts_per_layer,
+    )
+    return Plan(sizes, machine, choices, (card, host), resident, free, decode, ())
+
+
+def _host_contents(sizes: ModelSizes, choices: Choices) -> tuple[tuple[str, int], ...]:
+    """Today's engine: all in host memory, and a cache of twice the context, so that a second
+    conversation does not push out the first."""
+    dense = sizes.layer_bytes - sizes.router_bytes + sizes.widened_router_bytes
+    return (
+        ("routed experts", sizes.routed_bytes),
+        ("other weights of the layers", dense),
+        ("embedding and lm_head", sizes.embedding_bytes + sizes.head_bytes),
+        ("latent cache", 2 * choices.context_tokens * sizes.latent_bytes("bf16")),
+        ("to work with", HOST_WORKING_BYTES),
+    )
+
+
+def _nearest(made: Plan) -> Iterator[Nearest]:
+    """For each place that is too small, the smallest changes that make it large enough."""
+    if made.machine.gpu is not None and made.places[0].shortfall_bytes:
+        yield from _for_the_card(made)
+    if made.places[-1].shortfall_bytes:
+        yield from _for_the_host(made)
+
+
+def _for_the_card(made: Plan) -> Iterator[Nearest]:
+    changes: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("--kv-dtype fp8", {"kv_dtype": "fp8"}),
+        ("--dense int8", {"dense": "int8"}),
+        ("--dense int8 --kv-dtype fp8", {"dense": "int8", "kv_dtype": "fp8"}),
+    )
+    for options, change in changes:
+        choices = replace(made.choices, **change)
+        if choices != made.choices and _card_shortfall(made, choices) <= 0:
+            yield Nearest(_CARD, options, "the card's memory is enough")
+            break
+    for options, change in (("", {}), *changes):
+        choices = replace(made.choices, **change)
+        context = _longest_context(made, choices)
+        if context:
+            yield Nearest(_CARD, f"{options} --context {context}".strip(), "a shorter context")
+            break
+    wanted = made.places[0].needed_bytes
+    larger = [card for card in CARDS if card.memory_bytes >= wanted]
+    if larger:
+        card = min(larger, key=lambda card: card.memory_bytes)
+        yield Nearest(_CARD, f'--gpu "{card.name}"', "a card with more memory")
+
+
+def _card_shortfall(made: Plan, choices: Choices) -> int:
+    gpu = made.machine.gpu
+    assert gpu is not None
+    cache = choices.context_tokens * made.sizes.latent_bytes(choices.kv_dtype)
+    weights = made.sizes.gpu_weight_bytes(choices.dense)
+    return weights + cache + GPU_RESERVE_BYTES - gpu.memory_bytes
+
+
+def _longest_context(made: Plan, choices: Choices) -> int:
+    """The longest context, halved from the wanted one, that fits on the card; 0 if none does."""
+    context = choices.context_tokens // 2
+    while context >= _SHORTEST_CONTEXT:
+        if _card_shortfall(made, replace(choices, context_tokens=context)) <= 0:
+            return context
+        context //= 2
+    return 0
+
+
+def _for_the_host(made: Plan) -> Iterator[Nearest]:
+    host = made.places[-1]
+    cache = dict(host.contents).get("latent cache", 0)
+    context = made.choices.context_tokens
+    while made.machine.gpu is None and context // 2 >= _SHORTEST_CONTEXT:
+        context //= 2
+        saved = cache - 2 * context * made.sizes.latent_bytes("bf16")
+        if saved >= host.shortfall_bytes:
+            yield Nearest(_HOST, f"--context {context}", "a shorter context")
+            break
+    yield Nearest(_HOST, f"--ram {-(-host.needed_bytes // GIGABYTE)}", "so many GB of host memory")
+    if made.machine.gpu is None:
+        return
+    layer_experts = made.sizes.moe_layers * made.sizes.expert_bytes
+    more = -(-host.shortfall_bytes // layer_experts) * layer_experts
+    wanted = made.machine.gpu.memory_bytes + more
+    larger = [card for card in CARDS if card.memory_bytes >= wanted]
+    if larger and not made.places[0].shortfall_bytes:
+        card = min(larger, key=lambda card: card.memory_bytes)
+        yield Nearest(_HOST, f'--gpu "{card.name}"', "a card that takes more experts from the host")

@@ -1,0 +1,1 @@
+"""From one's own prompts to a placement of experts: recorded, replayed, chosen, shown."""
