@@ -22,7 +22,8 @@ from hybridk2.errors import HybridK2Error
 from hybridk2.experts.loading import load_experts
 
 INDEX = "model.safetensors.index.json"
-NAMES_SOMETHING = re.compile(r"[\w.-]+\.(safetensors|json)|model\.(layers|norm|embed)|lm_head\.")
+# A character that a terminal should not see is shown as a question mark.
+NAMES_SOMETHING = re.compile(r"[\w.?-]+\.(safetensors|json)|model\.(layers|norm|embed)|lm_head\.")
 
 
 class Sink:

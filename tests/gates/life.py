@@ -89,9 +89,8 @@ def _sent(
             yield stream
         return
     connection = server.connect()
-    answer_comes = server.raw_request(path, body)
     connection.connect()
-    connection.sock.sendall(answer_comes)
+    connection.sock.sendall(server.raw_request(path, body))
     try:
         yield None
     finally:
