@@ -17,7 +17,6 @@ class Outcome:
 
     figures: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
-    not_applicable: bool = False
 
     def say(self, figure: str) -> None:
         """Something measured, for the gate's line."""
@@ -30,9 +29,7 @@ class Outcome:
 
     @property
     def verdict(self) -> str:
-        if self.broken:
-            return "FAIL"
-        return "n/a " if self.not_applicable else "pass"
+        return "FAIL" if self.broken else "pass"
 
 
 @dataclass(frozen=True)

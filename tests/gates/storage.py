@@ -66,10 +66,18 @@ def saves(fleet: Fleet, outcome: Outcome) -> None:
     outcome.say("conversations are all that is saved so far")
 
 
-@gate("20", "corrupt KV and placement files")
+@gate("20", "corrupt placements and routing traces")
 def other_files(fleet: Fleet, outcome: Outcome) -> None:
-    outcome.not_applicable = True
-    outcome.say("not applicable: no KV or placement file exists")
+    placement, trace = "tests/test_placement.py", "tests/test_routing_trace.py"
+    run_tests(
+        outcome,
+        f"{placement}::test_every_changed_letter_of_a_file_is_refused_by_its_name",
+        f"{placement}::test_a_checksum_does_not_make_a_placement",
+        f"{trace}::test_every_flipped_bit_is_refused_by_the_file_s_name",
+        f"{trace}::test_other_files_and_other_versions_are_refused",
+    )
+    outcome.say("every changed letter of a placement, every flipped bit of a trace refused by name")
+    outcome.say("no KV is kept on disk")
 
 
 GATES = (damaged_checkpoints, saves, other_files)
