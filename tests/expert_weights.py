@@ -20,6 +20,10 @@ EPS_FP32 = 2.0**-23
 EMULATED_ISAS = ["amx_emulated"]
 
 
+# Small, and no multiple of a tile; `loaded` uses them.
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 224, 96, 6, 2
+
+
 def runnable_isas() -> list[str]:
     return [*available_isas(), *EMULATED_ISAS]
 
@@ -145,3 +149,10 @@ def assert_within(actual: Tensor, reference: Reference) -> None:
         f"token {row}, column {column}: expected {reference.result[row, column]:.9g} within "
         f"{reference.tolerance[row, column]:.3g}, found {actual[row, column]:.9g}"
     )
+
+
+def loaded(layer: RandomLayer, **options: object) -> HostExperts:
+    """The layer's experts, ready to compute. options: those of HostExperts."""
+    experts = HostExperts(1, EXPERTS, HIDDEN, INTERMEDIATE, **options)  # type: ignore[arg-type]
+    layer.load_into(experts)
+    return experts

@@ -19,26 +19,23 @@ from hybridk2.errors import ConfigError, EngineError, OutOfMemoryError
 from hybridk2.experts.host import HostExperts, available_isas
 
 from .expert_weights import (
+    EXPERTS,
+    HIDDEN,
+    INTERMEDIATE,
+    TOP_K,
     RandomLayer,
     assert_within,
     compute,
+    loaded,
     random_activations,
     random_routing,
     runnable_isas,
 )
 
-HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 224, 96, 6, 2
-
 
 @pytest.fixture(scope="module")
 def layer() -> RandomLayer:
     return RandomLayer(EXPERTS, HIDDEN, INTERMEDIATE)
-
-
-def loaded(layer: RandomLayer, **options: object) -> HostExperts:
-    experts = HostExperts(1, EXPERTS, HIDDEN, INTERMEDIATE, **options)  # type: ignore[arg-type]
-    layer.load_into(experts)
-    return experts
 
 
 @pytest.mark.parametrize("isa", runnable_isas())

@@ -8,9 +8,10 @@ worker processes while the network trains; the time budget sets the learning-rat
 The checkpoint in hybridk2/nano/checkpoint was made in two sittings with torch 2.11 and 16 CPU
 cores: from nothing on one NVIDIA H200, nine and a half minutes with compilation, 13,200 steps, 870
 million tokens, 1.8 million tokens/s; then, after the corpus had been made harder, four minutes more
-on one H100 with --continue-from, 4,840 steps, 317 million tokens. The corpus is a function of the
-seed; the number of steps depends on the machine, so another run gives another model of the same
-kind.
+on one H100 with --continue-from, 4,840 steps, 317 million tokens. After that, values were set apart
+from what follows them and one way to ask for a distance was dropped: no training has seen that yet.
+The corpus is a function of the seed; the number of steps depends on the machine, so another run
+gives another model of the same kind.
 """
 
 import logging
