@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import socket
@@ -16,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridk2.server import limits
+from hybridk2.server import limits, listener
 from hybridk2.server.errors import ApiError
 from hybridk2.server.limits import MAX_BODY_BYTES, MAX_DEPTH, check_structure, parse_body
 from hybridk2.server.protocol import ChatCompletionRequest, CompletionRequest
@@ -306,6 +307,7 @@ def test_a_body_that_stops_before_its_declared_length_is_given_up(
         b"GET / HTTP/9\r\n\r\n",
         b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: x\r\n\r\n",
         b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        b"CONNECT 127.0.0.1:80 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
         b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
     ],
 )
@@ -317,6 +319,55 @@ def test_what_is_no_http_gets_the_error_body_that_everything_gets(
         answer = client.recv(65536)
     assert answer.startswith(b"HTTP/1.1 400 ")
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
+
+
+@pytest.mark.parametrize("piece", [b"a" * 20_000, b"a: b\r\n" * 3_000])
+def test_a_head_that_comes_in_pieces_and_does_not_end_is_refused(
+    served: Served, piece: bytes
+) -> None:
+    with socket.create_connection((HOST, served.port), timeout=10) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nx: ")
+        answer = b""
+        for _ in range(listener.MAX_HEAD_BYTES // len(piece) + 2):
+            with contextlib.suppress(ConnectionError):
+                client.sendall(piece)
+            time.sleep(0.02)  # so that each is read on its own
+        with contextlib.suppress(ConnectionError):
+            answer = client.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 400 ") or not answer
+
+
+def test_a_body_and_the_start_of_the_next_head_in_one_piece_are_no_long_head(
+    served: Served,
+) -> None:
+    body = json.dumps(BODY | {"user": "x" * 150_000}).encode()
+    first = head(served, "Content-Type: application/json", f"Content-Length: {len(body)}")
+    second = f"GET /health HTTP/1.1\r\nHost: {HOST}\r\nConnection: close\r\n\r\n".encode()
+    with socket.create_connection((HOST, served.port), timeout=10) as client:
+        client.sendall(first[:-2])
+        client.sendall(first[-2:] + body + second[:-2])
+        client.sendall(second[-2:])
+        answer = b""
+        while piece := client.recv(65536):
+            answer += piece
+    assert answer.count(b"HTTP/1.1 200 OK\r\n") == 2
+    assert answer.endswith(b"}")
+
+
+def test_who_asks_for_another_protocol_is_answered_in_this_one_and_may_ask_again(
+    served: Served,
+) -> None:
+    # As Java's client and `curl --http2` ask.
+    upgrade = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABk")
+    body = json.dumps(BODY).encode()
+    post = head(served, *upgrade, "Content-Type: application/json", f"Content-Length: {len(body)}")
+    with socket.create_connection((HOST, served.port), timeout=10) as client:
+        for _ in range(2):
+            client.sendall(post + body)
+            answer = b""
+            while b"\r\n\r\n" not in answer or not answer.endswith(b"}"):
+                answer += client.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
 
 
 # -- Together ---------------------------------------------------------------------------------

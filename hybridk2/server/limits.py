@@ -183,7 +183,7 @@ def _content_length(scope: Scope) -> int:
     """What the request says; 0 where it says nothing."""
     for name, value in scope["headers"]:
         if name == b"content-length":
-            return int(value)  # h11 lets through digits only
+            return int(value)  # the parser lets through digits only
     return 0
 
 
