@@ -8,6 +8,7 @@ import http.client
 import itertools
 import json
 import random
+import statistics
 import threading
 import time
 from typing import Any
@@ -17,6 +18,7 @@ from jsonschema import Draft202012Validator
 from tests.gates.fleet import ENDLESS, Fleet, Server
 from tests.gates.gate import Outcome, gate
 from tests.random_schemas import random_arguments
+from tests.scripted_engine import until
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 SCHEMAS, CLIENTS, PASSERS_BY = 200, 8, 1000
@@ -93,6 +95,7 @@ def _invalid(calls: list[tuple[str, str]], schema: dict[str, Any]) -> str:
 _TOKENS = 150
 _CHUNK_TOKENS = 512  # what the engine reads of a prompt in a step
 _PROMPT_TOKENS = 5 * _CHUNK_TOKENS
+_ROUNDS = 3
 
 
 @gate("clients", f"{CLIENTS} clients at once against one")
@@ -103,7 +106,24 @@ def clients(fleet: Fleet, outcome: Outcome) -> None:
     outcome.hold(many >= one, "many clients together are slower than one")
     outcome.say(f"{many:.0f} tok/s together, {one:.0f} tok/s alone: {many / one:.2f} times")
 
-    chunk = _longest_chunk(server)
+    # A step is one token for each stream and one chunk of one prompt: a stream that waited for two
+    # chunks would have a ratio of 2. Noise of the machine falls on some of the rounds.
+    rounds = [_stall_beside_prompts(server, round_number) for round_number in range(_ROUNDS)]
+    ratios = [stall / (chunk + 1 / one) for stall, chunk in rounds]
+    ratio = statistics.median(ratios)
+    outcome.hold(ratio <= 1.1, f"streams stall for {ratio:.2f} times a chunk and a token")
+    stalls = ", ".join(f"{1000 * stall:.0f} of {1000 * chunk:.0f}" for stall, chunk in rounds)
+    outcome.say(
+        f"longest stall while {3 * _PROMPT_TOKENS} tokens of prompts are read, of a chunk alone, "
+        f"in ms: {stalls}; median {ratio:.2f} times a chunk and a token"
+    )
+
+
+def _stall_beside_prompts(server: Server, round_number: int) -> tuple[float, float]:
+    """Seconds: a stream's longest gap while three long prompts are read, and the longest chunk of
+    such a prompt on its own, before and after."""
+    seeds = range(1000 * round_number, 1000 * round_number + 5)
+    before = _longest_chunk(server, seeds[3])
     stream = server.completion("1", 2000, logit_bias=ENDLESS)
     moments: list[float] = []
     with server.stream(COMPLETIONS, stream) as flowing:
@@ -115,24 +135,18 @@ def clients(fleet: Fleet, outcome: Outcome) -> None:
 
         reader = threading.Thread(target=read)
         reader.start()
-        time.sleep(1)
+        assert until(lambda: len(moments) > 10, 20), "the stream does not flow"
         started = time.monotonic()
         with concurrent.futures.ThreadPoolExecutor(3) as pool:
-            bodies = [server.completion(_prompt(seed, _PROMPT_TOKENS), 5) for seed in range(3)]
+            bodies = [server.completion(_prompt(seed, _PROMPT_TOKENS), 5) for seed in seeds[:3]]
             answers = list(pool.map(lambda body: server.ask(COMPLETIONS, body), bodies))
-        outcome.hold(all(answer.status == 200 for answer in answers), "a long prompt failed")
+        assert all(answer.status == 200 for answer in answers), "a long prompt failed"
         ended = time.monotonic()
         flowing.hang_up()
         reader.join(10)
     inside = [moment for moment in moments if started <= moment <= ended]
     stall = max(b - a for a, b in itertools.pairwise(inside))
-    # A step is one token for each, and one chunk: the token's time comes on top.
-    limit = chunk + CLIENTS / many
-    outcome.hold(stall <= 1.25 * limit, f"a stall of {stall:.2f} s")
-    outcome.say(
-        f"longest stall while {3 * _PROMPT_TOKENS} tokens of prompts are read "
-        f"{1000 * stall:.0f} ms, one chunk and one token take {1000 * limit:.0f} ms"
-    )
+    return stall, max(before, _longest_chunk(server, seeds[4]))
 
 
 def _prompt(seed: int, length: int) -> list[int]:
@@ -151,13 +165,13 @@ def _tokens_per_second(server: Server, count: int) -> float:
     return float(made / seconds)
 
 
-def _longest_chunk(server: Server) -> float:
+def _longest_chunk(server: Server, seed: int) -> float:
     """Seconds that the longest chunk of such a prompt takes on its own: the last, which has most
     before it."""
     before = server.figures()["step_seconds_total"]
-    server.ask(COMPLETIONS, server.completion(_prompt(99, _PROMPT_TOKENS - _CHUNK_TOKENS), 1))
+    server.ask(COMPLETIONS, server.completion(_prompt(seed, _PROMPT_TOKENS - _CHUNK_TOKENS), 1))
     middle = server.figures()["step_seconds_total"]
-    server.ask(COMPLETIONS, server.completion(_prompt(99, _PROMPT_TOKENS), 1))
+    server.ask(COMPLETIONS, server.completion(_prompt(seed, _PROMPT_TOKENS), 1))
     after = server.figures()["step_seconds_total"]
     assert middle > before, "nothing was computed"
     return after - middle
