@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from hybridk2.chat.events import TextDelta
-from hybridk2.errors import DeadlineError, EngineError, OutOfMemoryError
+from hybridk2.errors import DeadlineError, EngineError, OutOfMemoryError, ReplyError
 from hybridk2.server import listener, sse
 from tests.scripted_engine import ENDLESS, ScriptedEngine, until, words
 from tests.served import HOST, Served, serving
@@ -218,6 +218,7 @@ def test_a_client_that_trickles_its_head_is_not_given_more_time_for_it(
         (EngineError("weights at /secret/path are broken"), 500, "engine_error"),
         (OutOfMemoryError("of the machine"), 503, "out_of_memory"),
         (DeadlineError("too late"), 504, "deadline_exceeded"),
+        (ReplyError("not valid under the schema"), 500, "invalid_output"),
     ],
 )
 def test_a_failing_reply_is_an_error_with_its_status_or_a_frame_of_the_stream(
