@@ -148,6 +148,19 @@ def test_random_weights_write_valid_values_within_any_budget_that_holds_one(seed
     Draft202012Validator(schema).validate(json.loads(text))
 
 
+def test_where_a_one_of_is_held_without_a_check_only_one_branch_applies() -> None:
+    num_held = 0
+    for seed in range(80):
+        schema = {"oneOf": [random_schema(1_000 * branch + seed) for branch in range(2)]}
+        held = compiled(schema, strict=False)
+        if held.check is None:
+            num_held += 1
+            text = written(held, SMALL, seed, held.completion_tokens + 60)
+            assert text is not None, "cut off"
+            Draft202012Validator(schema).validate(json.loads(text))
+    assert 20 < num_held < 80
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_one_token_never_makes_a_completion_longer_than_was_reckoned(seed: int) -> None:
     schema = compiled(random_schema(seed))
