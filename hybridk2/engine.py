@@ -29,6 +29,7 @@ from hybridk2.errors import (
     DeadlineError,
     EngineError,
     HybridK2Error,
+    ReplyError,
 )
 from hybridk2.execution import Execution, step_error
 from hybridk2.experts.host import HostExperts, reserved_page_bytes, usable_cores
@@ -457,6 +458,9 @@ class Engine:
                     "is damaged, or an activation overflowed. `hybridk2 verify` names it"
                 )
             token = generation.sampler.sample(logits, position)
+        except ReplyError as error:  # the model's doing; no step failed
+            self._end(generation, error)
+            return
         except Exception as error:
             logger.exception("no token could be sampled")
             self._end(generation, step_error(error))

@@ -52,6 +52,10 @@ class QueueFullError(RequestError):
     """As many requests run and wait as may; one more has to come again later."""
 
 
+class ReplyError(HybridK2Error):
+    """A reply that its request does not allow; the model may write another when asked again."""
+
+
 class EngineError(HybridK2Error):
     """A step of the engine failed; the request it served is lost, the engine is not."""
 

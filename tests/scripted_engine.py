@@ -132,8 +132,8 @@ class ScriptedEngine:
         self.closed = True
 
 
-def until(condition: Any, seconds: float = 5.0) -> bool:
-    """Wait for a condition; whether it came true in time."""
+def until(condition: Any, seconds: float = 30.0) -> bool:
+    """Wait for a condition; whether it came true before this could be called a hang."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:

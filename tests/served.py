@@ -35,6 +35,7 @@ class Served:
     url: str
     context: ServerContext
     server: HttpServer
+    thread: threading.Thread  # the event loop's
 
     @property
     def port(self) -> int:
@@ -66,13 +67,14 @@ def serving(
     load: Callable[[Any], Any],
     *,
     capacity: int = 72,
+    reserved: int = 0,
     the_gate: Gate | None = None,
     wait: bool = True,
     **settings: Any,
 ) -> Iterator[Served]:
     """Serve what `load` loads while inside. wait: until it is loaded."""
     metrics = ServerMetrics()
-    worker = EngineWorker(load, capacity, metrics.count_reply)
+    worker = EngineWorker(load, capacity, metrics.count_reply, reserved=reserved)
     context = ServerContext(worker, ServerSettings(("nano",), **settings), metrics)
     listening = listen(HOST, 0)
     app = create_app(context, the_gate or gate((), HOST, ()))
@@ -85,7 +87,7 @@ def serving(
     while not server.started:
         time.sleep(0.01)
     try:
-        yield Served(f"http://{HOST}:{listening.getsockname()[1]}", context, server)
+        yield Served(f"http://{HOST}:{listening.getsockname()[1]}", context, server, thread)
     finally:
         server.should_exit = True
         worker.close(30)

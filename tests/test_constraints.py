@@ -14,7 +14,7 @@ from hybridk2.chat.constraints import Constraints, ReplyConstraint
 from hybridk2.chat.generation import Reply, collect
 from hybridk2.chat.parser import OutputParser
 from hybridk2.config import EngineConfig
-from hybridk2.errors import RequestError
+from hybridk2.errors import ReplyError, RequestError
 from hybridk2.sampling import SamplingParams
 from hybridk2.synthesis import config_for_tokenizer, synthesize, synthetic_config
 from tests.random_schemas import random_arguments, random_schema
@@ -198,11 +198,66 @@ def test_a_tool_without_parameters_is_called_without_arguments() -> None:
     assert calls_of(reply) == [("now", {})]
 
 
-def test_strict_makes_no_difference() -> None:
+@pytest.mark.parametrize("strict", [True, False, None])
+def test_what_can_be_held_is_held_strict_or_not(strict: bool | None) -> None:
     tools = declared(get_weather=WEATHER)
-    tools[0]["function"]["strict"] = False
+    tools[0]["function"]["strict"] = strict
     reply = write(held(tools, "required", max_tokens=100, max_think_tokens=5), 100, 3)
     check_calls(reply, SCHEMAS)
+
+
+# What no grammar holds: two letters that differ.
+PAIR = {
+    "type": "object",
+    "properties": {
+        "pair": {
+            "type": "array",
+            "items": {"enum": ["a", "b"]},
+            "minItems": 2,
+            "maxItems": 2,
+            "uniqueItems": True,
+        }
+    },
+    "required": ["pair"],
+    "additionalProperties": False,
+}
+
+
+def strictly(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**tool, "function": {**tool["function"], "strict": True}} for tool in tools]
+
+
+def test_a_call_that_breaks_what_could_not_be_held_has_no_end() -> None:
+    outcomes = {"tool_calls": 0, "refused": 0}
+    for seed in range(40):
+        constraint = held(declared(pair=PAIR), "required", False, max_tokens=90, max_think_tokens=0)
+        try:
+            reply = write(constraint, 90, seed)
+        except ReplyError:
+            outcomes["refused"] += 1
+        else:
+            check_calls(reply, {"pair": PAIR})
+            outcomes["tool_calls"] += reply.finish.reason == "tool_calls"
+    assert sum(outcomes.values()) == 40
+    assert min(outcomes.values()) > 5, outcomes  # chance makes half of the pairs equal
+
+
+def test_a_strict_tool_or_format_is_held_wholly_or_refused() -> None:
+    with pytest.raises(RequestError, match=r"parameters \(pair\): .*uniqueItems"):
+        CONSTRAINTS.for_reply(strictly(declared(pair=PAIR)))
+    strict_format = json_format(PAIR)
+    strict_format["json_schema"]["strict"] = True
+    with pytest.raises(RequestError, match=r"json_schema\.schema: .*uniqueItems"):
+        CONSTRAINTS.for_reply(response_format=strict_format)
+
+
+def test_a_structured_answer_that_breaks_what_could_not_be_held_has_no_end() -> None:
+    never = {"const": 7, "not": {"const": 7}}
+    constraint = held(response_format=json_format(never), max_tokens=40, max_think_tokens=0)
+    with pytest.raises(
+        ReplyError, match=r"response_format\.json_schema\.schema: what the model wrote"
+    ):
+        write(constraint, 40, 0)
 
 
 # --- response_format -------------------------------------------------------------------------
@@ -346,7 +401,10 @@ def test_schemas_are_bounded_together() -> None:
         ((declared(**{"a b": CLOCK}),), r"tools\[0\].function.name"),
         ((declared(f={"type": "array"}),), r"parameters \(f\): expected the type \"object\""),
         ((declared(f="{}"),), r"parameters \(f\): expected a JSON schema"),
-        ((declared(f={"properties": {"a": {"not": {}}}}),), r"parameters \(f\): .*not"),
+        (
+            (strictly(declared(f={"properties": {"a": {"not": {}}}})),),
+            r"parameters \(f\): .*not",
+        ),
         (([{"type": "function"}],), r"tools\[0\].function: expected a function with a name"),
         ((None, None, None, {"type": "xml"}), "response_format.type"),
         ((None, None, None, {"type": "json_schema"}), "json_schema.schema: expected"),

@@ -106,6 +106,13 @@ def test_cache_control_does_not_alter_the_conversation() -> None:
     assert conversation(user(marked), tools=[WEATHER]) == conversation(user("hi"), tools=[plain])
 
 
+def test_a_strict_tool_stays_strict() -> None:
+    for strict in (True, False):
+        asked = conversation(user("hi"), tools=[{**WEATHER, "strict": strict}])
+        assert asked.tools is not None
+        assert asked.tools[0]["function"].get("strict", False) is strict
+
+
 def test_a_tool_run_renders_with_ids_of_k2s_form() -> None:
     turns = [
         {"type": "thinking", "thinking": "I should look.", "signature": "of another server"},

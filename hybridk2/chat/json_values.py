@@ -11,8 +11,13 @@ completion of the empty value therefore holds the whole value, and a larger one 
 end free. What one token can add is an estimate; should a schema defeat it, the value may be cut off
 as without the rule, and is valid up to there.
 
-Departures from JSON Schema, besides what is refused: `oneOf` is read as `anyOf`; properties come in
-the order of the schema; a name that is not declared may come twice.
+A strict schema is held as it is, or refused. Of another, what no grammar holds is left out and
+checked once the value is whole (value_check.py). The branches of a `oneOf` are held as those of an
+`anyOf` where they exclude each other, which is the same; where they do not, that only one applies
+is such a thing to check.
+
+Departures from JSON Schema: properties come in the order of the schema; a name that is not declared
+may come twice.
 """
 
 from __future__ import annotations
@@ -26,7 +31,15 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 
 from hybridk2.chat.completion import CompletionSearch, Position
-from hybridk2.chat.schemas import GrowthEstimate, Schema, completion_hints, schema_text
+from hybridk2.chat.schemas import (
+    GrowthEstimate,
+    Schema,
+    completion_hints,
+    counts_undeclared_keys,
+    schema_text,
+    subschemas,
+)
+from hybridk2.chat.value_check import ValueCheck, leave_out
 from hybridk2.errors import RequestError
 from hybridk2.tokenizer import Tokenizer
 
@@ -49,6 +62,8 @@ _GRAMMAR_OPTIONS: JsonCompileOptions = {
     "coerce_one_of": True,
     "lenient": False,
 }
+# The beginning of what the library says, where branches of a oneOf may not exclude each other.
+_OVERLAPPING = "oneOf constraints are not supported"
 # A pattern that needs more states than this (about 2 kB each) is refused, while it is compiled or
 # while it is written. Schemas in use need some hundred.
 _MAX_LEXER_STATES = 20_000
@@ -73,15 +88,18 @@ class JsonSchema:
         characters: int,
         completion_tokens: int,
         growth_tokens: int,
+        check: ValueCheck | None,
     ) -> None:
         """matcher: of a value that is not begun. characters: of the schema as JSON.
         completion_tokens: of a short value. growth_tokens: how much longer a completion may be
-        after one token than before it."""
+        after one token than before it. check: of a whole value, None where nothing was left out.
+        """
         self.matcher = matcher
         self.vocabulary = vocabulary
         self.characters = characters
         self.completion_tokens = completion_tokens
         self.growth_tokens = growth_tokens
+        self.check = check
         self._search = search
 
     def begin(self) -> JsonValue:
@@ -100,6 +118,7 @@ class JsonValue:
         self._matcher = schema.matcher.deep_copy()
         self._vocabulary = schema.vocabulary
         self._position = Position()
+        self._text = bytearray()
         # However the tokens since the last search went, a completion takes no more than this.
         self._completion_bound = schema.completion_tokens
         self._completion = b""  # the one found last
@@ -128,11 +147,19 @@ class JsonValue:
         """A token of the mask was written."""
         if not self._matcher.consume_token(token_id):
             self._check()
-        for byte in self._vocabulary.tokenizer.token_bytes(token_id):
+        text = self._vocabulary.tokenizer.token_bytes(token_id)
+        self._text += text
+        for byte in text:
             self._position = self._position.after(byte)
         if self._ending is not None:
             del self._ending[0]
         self._completion_bound += self._schema.growth_tokens
+
+    def end(self) -> None:
+        """The value ended, where the mask said that it may. Raises ReplyError when it breaks what
+        could not be held while it was written."""
+        if self._schema.check is not None:
+            self._schema.check.require(bytes(self._text))
 
     def completion(self) -> list[int] | None:
         """Few tokens that would complete the value from here; None when no short end is found."""
@@ -189,22 +216,31 @@ class SchemaCompiler:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._vocabulary = _Vocabulary(tokenizer)
-        self._compiled: OrderedDict[str, JsonSchema] = OrderedDict()
+        self._compiled: OrderedDict[tuple[str, bool], JsonSchema] = OrderedDict()
 
-    def compile(self, schema: Schema, where: str) -> JsonSchema:
-        """Raises RequestError, naming `where` and the reason, for a schema that cannot be held."""
-        text = schema_text(schema, where)
-        compiled = self._compiled.get(text)
+    def compile(self, schema: Schema, where: str, *, strict: bool) -> JsonSchema:
+        """strict: whether all of it must be held while a value is written. Raises RequestError,
+        naming `where` and the reason, for a schema that cannot be held, or then checked."""
+        key = (schema_text(schema, where), strict)
+        compiled = self._compiled.get(key)
         if compiled is None:
-            compiled = self._compiled[text] = self._compile(text, where)
+            compiled = self._compiled[key] = self._compile(*key, where)
             if len(self._compiled) > _CACHED_SCHEMAS:
                 self._compiled.popitem(last=False)
-        self._compiled.move_to_end(text)
+        self._compiled.move_to_end(key)
         return compiled
 
-    def _compile(self, text: str, where: str) -> JsonSchema:
+    def _compile(self, text: str, strict: bool, where: str) -> JsonSchema:
         schema = json.loads(text)
-        matcher = self._matcher(text, where)
+        if strict:
+            self._refuse_what_seems_held(schema, where)
+            check = None
+        else:
+            left_out = leave_out(schema)
+            if self._has_overlapping_branches(schema):
+                left_out.append("oneOf")
+            check = ValueCheck(json.loads(text), left_out, where) if left_out else None
+        matcher = self._matcher(json.dumps(schema, ensure_ascii=False), where)
         growth = GrowthEstimate(
             schema,
             self._vocabulary.count_tokens,
@@ -221,8 +257,34 @@ class SchemaCompiler:
             raise RequestError(f"{where}: {_NO_VALUE}")
         completion_tokens = len(self._vocabulary.tokens(completion))
         return JsonSchema(
-            matcher, self._vocabulary, search, len(text), completion_tokens, growth.tokens
+            matcher, self._vocabulary, search, len(text), completion_tokens, growth.tokens, check
         )
+
+    def _refuse_what_seems_held(self, schema: dict[str, Any], where: str) -> None:
+        """Raises RequestError for what the grammar takes and does not wholly hold."""
+        if any(map(counts_undeclared_keys, subschemas(schema))):
+            raise RequestError(
+                f"{where}: minProperties cannot be held beyond one more than what is required; "
+                "name the properties in `required`."
+            )
+        if self._has_overlapping_branches(schema):
+            raise RequestError(
+                f"{where}: a oneOf can only be held where its branches exclude each other, by a "
+                "type, or by a constant of a required property; write anyOf."
+            )
+
+    def _has_overlapping_branches(self, schema: dict[str, Any]) -> bool:
+        """Whether a value may fit several branches of a oneOf, as far as the library can tell."""
+        if not any("oneOf" in node for node in subschemas(schema)):
+            return False
+        options: JsonCompileOptions = {**_GRAMMAR_OPTIONS, "coerce_one_of": False}
+        text = json.dumps(schema, ensure_ascii=False)
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(text, overrides=options)
+        except ValueError:
+            return False  # will be refused for that
+        matcher = LLMatcher(self._vocabulary.grammar_tokenizer, grammar, log_level=0)
+        return matcher.is_error() and matcher.get_error().startswith(_OVERLAPPING)
 
     def _search(self, schema: dict[str, Any]) -> CompletionSearch:
         return CompletionSearch(self._vocabulary.byte_ids, completion_hints(schema))

@@ -7,7 +7,7 @@ have. Does not know grammars or masks (json_values.py).
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, TypeAlias
@@ -47,16 +47,19 @@ _HELD_FORMATS: Mapping[str, str] = {
 _MAX_ALTERNATIVES = 100
 
 # Keywords by what their value holds: one schema, a list of schemas, or schemas by name.
-_ONE_SCHEMA = ("items", "additionalProperties", "propertyNames", "additionalItems")
+_ONE_SCHEMA = (
+    *("items", "additionalProperties", "propertyNames", "additionalItems"),
+    *("not", "if", "then", "else", "contains"),
+)
 _LIST_OF_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
-_SCHEMAS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
+_SCHEMAS_BY_NAME = ("properties", "patternProperties", "dependentSchemas", "dependencies")
+_DEFINITIONS = ("$defs", "definitions")  # applied only where something refers to them
 
 
 def schema_text(schema: Schema, where: str) -> str:
     """The schema as JSON text, without what does not bind a value.
 
-    Raises RequestError, naming `where`, for what is not JSON, is too large, or has a keyword that
-    cannot be held though the grammar would seem to.
+    Raises RequestError, naming `where`, for what is not JSON, too large or too deep.
     """
     if _is_large(schema):
         raise _too_large(where)
@@ -74,7 +77,6 @@ def schema_text(schema: Schema, where: str) -> str:
     _refuse_depth(held, where)
     for node in subschemas(held):
         _drop_annotations(node)
-        _refuse_counts_of_keys(node, where)
     return json.dumps(held, ensure_ascii=False)
 
 
@@ -112,16 +114,16 @@ def _drop_annotations(node: dict[str, Any]) -> None:
         del node["propertyNames"]
 
 
-def _refuse_counts_of_keys(node: dict[str, Any], where: str) -> None:
-    """The grammar lets names that are not declared come twice, and those count once."""
+def counts_undeclared_keys(node: Mapping[str, Any]) -> bool:
+    """Whether minProperties asks for more than one name that is not required.
+
+    The grammar would seem to hold that, but lets names that are not declared come twice, and those
+    count once.
+    """
     least = node.get("minProperties")
     required = node.get("required")
     num_required = len(required) if isinstance(required, list) else 0
-    if isinstance(least, int | float) and least > num_required + 1:
-        raise RequestError(
-            f"{where}: minProperties cannot be held beyond one more than what is required; name "
-            "the properties in `required`."
-        )
+    return isinstance(least, int | float) and least > num_required + 1
 
 
 def _refuse_depth(schema: dict[str, Any], where: str) -> None:
@@ -186,14 +188,34 @@ def _with_levels(schema: Any) -> Iterator[tuple[dict[str, Any], int]]:
         if not isinstance(node, dict):
             continue
         yield node, level
-        inner = [node[key] for key in _ONE_SCHEMA if key in node]
-        for key in _LIST_OF_SCHEMAS:
-            if isinstance(node.get(key), list):
-                inner.extend(node[key])
-        for key in _SCHEMAS_BY_NAME:
-            if isinstance(node.get(key), dict):
-                inner.extend(node[key].values())
+        inner = _inside(node, (*_SCHEMAS_BY_NAME, *_DEFINITIONS))
         pending.extend((child, level + 1) for child in inner)
+
+
+def applied_schemas(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The schema and all that it applies to a value, references followed each time anew; without
+    end where it refers to itself."""
+    pending: list[Any] = [schema]
+    while pending:
+        node = pending.pop()
+        if not isinstance(node, dict):
+            continue
+        yield node
+        pending.extend(_inside(node, _SCHEMAS_BY_NAME))
+        if isinstance(node.get("$ref"), str):
+            pending.append(_resolve(node["$ref"], schema))
+
+
+def _inside(node: Mapping[str, Any], by_name: Iterable[str]) -> list[Any]:
+    """What stands in a schema where schemas stand."""
+    inner = [node[key] for key in _ONE_SCHEMA if key in node]
+    for key in _LIST_OF_SCHEMAS:
+        if isinstance(node.get(key), list):
+            inner.extend(node[key])
+    for key in by_name:
+        if isinstance(node.get(key), dict):
+            inner.extend(node[key].values())
+    return inner
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import threading
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _GRACE_SECONDS = 1.0  # for the engine to finish its step at the end
+_KEPT_SHARE = 4  # one in so many places of the queue is kept from background requests
 
 
 def _refuse_key_on_command_line(
@@ -160,7 +162,12 @@ def serve(
 
     metrics = ServerMetrics()
     moments: SimpleQueue[LoadProgress | None] = SimpleQueue()
-    worker = EngineWorker(_loader(choices, download, trace, moments), capacity, metrics.count_reply)
+    worker = EngineWorker(
+        _loader(choices, download, trace, moments),
+        capacity,
+        metrics.count_reply,
+        reserved=math.ceil(max_queue / _KEPT_SHARE),
+    )
     server_context = ServerContext(worker, settings, metrics)
     server = HttpServer(create_app(server_context, gate), server_context, drain_seconds)
     announcements = Announcements(

@@ -46,7 +46,7 @@ def router(context: ServerContext) -> APIRouter:
             for prompt in body.prompts
             for choice in range(choices)
         ]
-        replies = await context.begin_all(starts)
+        replies = await context.begin_all(starts, body.priority)
         # Only now is it known that token ids are ones that there are.
         texts = [
             text

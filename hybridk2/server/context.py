@@ -21,6 +21,7 @@ from hybridk2.server.worker import EngineWorker, RemoteReply, Start
 if TYPE_CHECKING:
     from hybridk2.assistant import Assistant
     from hybridk2.sampling import TokenConstraint
+    from hybridk2.scheduler import Priority
     from hybridk2.tokenizer import Tokenizer
 
 # Where a call or a JSON value must follow the thought, half of the tokens are kept for it, or this
@@ -86,25 +87,27 @@ class ServerContext:
     def tokenizer(self) -> Tokenizer:
         return self.assistant.tokenizer
 
-    async def begin_all(self, starts: Sequence[Start]) -> list[RemoteReply]:
+    async def begin_all(
+        self, starts: Sequence[Start], priority: Priority = "interactive"
+    ) -> list[RemoteReply]:
         """Begin several replies, or none of them. Raises what `EngineWorker.begin_all` raises, and
         ApiError while nothing can be answered, or no more."""
         self.refuse_unless_ready()
         try:
-            return await self.worker.begin_all(starts)
+            return await self.worker.begin_all(starts, priority)
         except QueueFullError as error:
-            raise self._queue_full() from error
+            raise self._queue_full(priority) from error
 
     def refuse_without_place(self) -> None:
         """Raises ApiError while a request has no chance: checked before its body is even read, so
         that in a rush the refusals cost next to nothing."""
         self.refuse_unless_ready()
         if self.worker.under_way >= self.worker.capacity:
-            raise self._queue_full()
+            raise self._queue_full("interactive")
 
-    def _queue_full(self) -> ApiError:
+    def _queue_full(self, priority: Priority) -> ApiError:
         worker = self.worker
-        message = f"{worker.under_way} requests run and wait, and {worker.capacity} may"
+        message = f"{worker.under_way} requests run and wait, and {worker.places(priority)} may"
         seconds = math.ceil(worker.mean_reply_seconds)
         return ApiError(503, message, "queue_full", retry_after_seconds=seconds)
 

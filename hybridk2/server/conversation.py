@@ -91,7 +91,7 @@ async def begin(
             deadline_seconds=context.seconds_left(arrived),
         )
 
-    (reply,) = await context.begin_all([start])
+    (reply,) = await context.begin_all([start], priority)
     return reply
 
 

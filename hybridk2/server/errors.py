@@ -22,6 +22,7 @@ from hybridk2.errors import (
     HybridK2Error,
     OutOfMemoryError,
     QueueFullError,
+    ReplyError,
     RequestError,
 )
 from hybridk2.server.worker import NotReadyError
@@ -124,6 +125,8 @@ def as_api_error(error: BaseException) -> ApiError:
             return ApiError(503, message, "out_of_memory", retry_after_seconds=10)
         case DeadlineError():
             return ApiError(504, str(error), "deadline_exceeded")
+        case ReplyError():
+            return ApiError(500, str(error), "invalid_output")
         case EngineError():
             logger.error("a request failed in the engine", exc_info=error)
             return ApiError(500, "the engine failed at this request; see its log", "engine_error")

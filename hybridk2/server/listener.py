@@ -218,7 +218,11 @@ class Connection(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        """Raises ValueError, which the parser makes an invalid request, for a target that is no
+        path: proxies are sent whole URLs, and the gate looks at the path as it came."""
         self._in_head = False
+        if not self.url.startswith(b"/"):
+            raise ValueError("a target that is no path")
         if not self.parser.should_upgrade():
             super().on_headers_complete()
 

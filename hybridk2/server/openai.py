@@ -49,7 +49,7 @@ def router(context: ServerContext) -> APIRouter:
         body = await validated_body(request, ChatCompletionRequest)
         context.check_model(body.model)
         starts = [_start(context, body, choice, arrived) for choice in range(body.n or 1)]
-        replies = await context.begin_all(starts)
+        replies = await context.begin_all(starts, body.priority)
         head = answer_head("chatcmpl", "chat.completion", context.model_name)
         if body.stream:
             return ReplyStream(replies, ChatEncoder(head, body.includes_usage))

@@ -23,6 +23,7 @@ from hybridk2.errors import EngineError, QueueFullError, RequestError
 if TYPE_CHECKING:
     from hybridk2.assistant import Assistant, ReplyInProgress
     from hybridk2.checkpoint import LoadProgress
+    from hybridk2.scheduler import Priority
 
 logger = logging.getLogger(__name__)
 
@@ -131,10 +132,14 @@ class EngineWorker:
         load: Load,
         capacity: int,
         on_reply_end: Callable[[RemoteReply], None] = lambda reply: None,
+        *,
+        reserved: int = 0,
     ) -> None:
         """load: makes the assistant, and tells how far it is. capacity: replies that may be under
-        way, running and waiting together. on_reply_end: called in the event loop."""
+        way, running and waiting together. on_reply_end: called in the event loop. reserved: how
+        many of those places background replies leave free for interactive ones."""
         self.capacity = capacity
+        self._reserved = reserved
         self.mean_reply_seconds = 1.0  # of late
         self.state: State = "loading"
         self.failure: BaseException | None = None
@@ -169,7 +174,13 @@ class EngineWorker:
             raise NotReadyError(f"the model cannot answer: it is {self.state}")
         return self._assistant
 
-    async def begin_all(self, starts: Sequence[Start]) -> list[RemoteReply]:
+    def places(self, priority: Priority) -> int:
+        """As many replies as may be under way, of both kinds, once one of this kind begins."""
+        return self.capacity - (self._reserved if priority == "background" else 0)
+
+    async def begin_all(
+        self, starts: Sequence[Start], priority: Priority = "interactive"
+    ) -> list[RemoteReply]:
         """Begin several replies, or none of them. Each of `starts` is called in a thread and
         returns what `Assistant.begin` does.
 
@@ -177,14 +188,15 @@ class EngineWorker:
         more at once than there are places, NotReadyError.
         """
         assistant = self.assistant
-        if len(starts) > self.capacity:
+        places = self.places(priority)
+        if len(starts) > places:
             raise RequestError(
                 f"{len(starts)} answers are asked for at once, and this server begins at most "
-                f"{self.capacity}"
+                f"{places}"
             )
-        if self.under_way + len(starts) > self.capacity:
+        if self.under_way + len(starts) > places:
             raise QueueFullError(
-                f"{self.under_way} requests run and wait, and {self.capacity} may; come again later"
+                f"{self.under_way} requests run and wait, and {places} may; come again later"
             )
         self._loop = loop = asyncio.get_running_loop()
         replies = [RemoteReply(self) for _ in starts]

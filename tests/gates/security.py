@@ -95,9 +95,9 @@ def _probes(server: Server, right: Mapping[str, str], prompt: str) -> dict[str, 
             for path in (
                 *("/metrics", "/openapi.json", "/v1/models", "//health", "/health/", "/%68ealth"),
                 *("/health/../metrics", "/chat.js/..%2fmetrics", "/nowhere", "/health;/metrics"),
-                "http://127.0.0.1/health",
             )
         },
+        "a whole URL for a path": (_status_of_path(server, "http://127.0.0.1/health"), 400),
     }
     answer = server.ask(CHAT, chat, {**right, "origin": "https://evil.example"})
     allowed = any(name.lower().startswith("access-control") for name in answer.headers)

@@ -47,6 +47,7 @@ class CustomTool(StrictBody):
     name: Name
     description: str | None = None
     input_schema: dict[str, Any]
+    strict: bool | None = None
 
 
 class ServerTool(StrictBody):
@@ -284,6 +285,8 @@ def _read_tools(declared: Sequence[CustomTool | ServerTool]) -> list[dict[str, A
         function: dict[str, Any] = {"name": tool.name, "parameters": tool.input_schema}
         if tool.description is not None:
             function["description"] = tool.description
+        if tool.strict:
+            function["strict"] = True
         tools.append({"type": "function", "function": function})
     check_names(tools)
     return tools

@@ -62,6 +62,7 @@ class TextFormat(StrictBody):
     type: Literal["text", "json_object", "json_schema"]
     name: Name = "output"
     schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
 
 
 class TextConfig(StrictBody):
@@ -264,6 +265,8 @@ def _read_tools(declared: Sequence[FunctionTool | OtherTool]) -> list[dict[str, 
         if isinstance(tool, OtherTool):
             continue
         function = tool.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
+        if tool.strict:
+            function["strict"] = True
         tools.append({"type": "function", "function": function})
     check_names(tools)
     return tools
@@ -310,5 +313,11 @@ def _read_format(text_format: TextFormat | None) -> dict[str, Any] | None:
         return {"type": "json_object"}
     if text_format.schema_ is None:
         raise ChatError("text.format.schema: expected a JSON schema, found nothing.")
-    json_schema = {"name": text_format.name, "schema": text_format.schema_}
-    return {"type": "json_schema", "json_schema": json_schema}
+    return {
+        "type": "json_schema",
+        "json_schema": {
+            "name": text_format.name,
+            "schema": text_format.schema_,
+            "strict": text_format.strict,
+        },
+    }
