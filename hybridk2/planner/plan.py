@@ -23,7 +23,8 @@ from hybridk2.planner.timing import (
 GIGABYTE = 1_000_000_000
 # Of a card: the CUDA context, activations of a chunk, the ring that experts stream through.
 GPU_RESERVE_BYTES = 1_900_000_000
-# What loading and serving need beyond the weights, as experts.loading counts it.
+# What loading and serving need beyond the weights, the process itself included, as
+# experts.loading counts it.
 HOST_WORKING_BYTES = 1_000_000_000
 
 _SHORTEST_CONTEXT = 4096
@@ -179,7 +180,7 @@ def _lay_out(sizes: ModelSizes, machine: MachineProfile, choices: Choices) -> Pl
     gpu = machine.gpu
     context = min(choices.decode_context_tokens, choices.context_tokens)
     if gpu is None:
-        host = Place(_HOST, _host_contents(sizes, choices), machine.ram_bytes)
+        host = Place(_HOST, _host_contents(sizes, machine, choices), machine.ram_bytes)
         decode = cpu_decode(sizes, machine, context)
         return Plan(sizes, machine, choices, (host,), 0, None, decode, ())
     weights = sizes.gpu_weight_bytes(choices.dense)
@@ -203,7 +204,7 @@ def _lay_out(sizes: ModelSizes, machine: MachineProfile, choices: Choices) -> Pl
         (
             ("routed experts", sizes.routed_bytes - resident_bytes),
             ("embedding", sizes.embedding_bytes),
-            ("to work with", HOST_WORKING_BYTES),
+            *_working_contents(machine),
         ),
         machine.ram_bytes,
     )
@@ -223,16 +224,25 @@ def _share(resident_experts: int, sizes: ModelSizes) -> float:
     return resident_experts / max(sizes.moe_layers * sizes.experts_per_layer, 1)
 
 
-def _host_contents(sizes: ModelSizes, choices: Choices) -> tuple[tuple[str, int], ...]:
+def _host_contents(
+    sizes: ModelSizes, machine: MachineProfile, choices: Choices
+) -> tuple[tuple[str, int], ...]:
     """Today's engine: all in host memory, and a cache of twice the context, so that a second
     conversation does not push out the first."""
-    dense = sizes.layer_bytes - sizes.router_bytes + sizes.widened_router_bytes
     return (
         ("routed experts", sizes.routed_bytes),
-        ("other weights of the layers", dense),
+        ("other weights of the layers", sizes.host_dense_bytes),
         ("embedding and lm_head", sizes.embedding_bytes + sizes.head_bytes),
         ("latent cache", 2 * choices.context_tokens * sizes.latent_bytes("bf16")),
-        ("to work with", HOST_WORKING_BYTES),
+        *_working_contents(machine),
+    )
+
+
+def _working_contents(machine: MachineProfile) -> tuple[tuple[str, int], ...]:
+    """The process itself, and what is left of the working memory for prompts and buffers."""
+    return (
+        ("the process itself", machine.process_bytes),
+        ("to work with", max(HOST_WORKING_BYTES - machine.process_bytes, 0)),
     )
 
 
