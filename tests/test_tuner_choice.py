@@ -117,7 +117,9 @@ def test_no_budget_changes_nothing_and_all_experts_hit_always() -> None:
 
 
 def test_a_trace_of_a_few_tokens_is_refused() -> None:
-    trace = RoutingTrace(TraceHeader("m", 1, 4, 1, "s"), np.zeros((1, 3, 1), np.uint8), 1)
+    trace = RoutingTrace.of_one_request(
+        TraceHeader("m", 1, 4, 1, "s"), np.zeros((1, 3, 1), np.uint8)
+    )
     with pytest.raises(TuningError, match="3 decoded tokens"):
         tune(trace, replace(HOST_BOUND, top_k=1), 2)
 
