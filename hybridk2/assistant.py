@@ -191,7 +191,9 @@ class Assistant:
     def record_routing(self, recorder: TraceRecorder) -> None:
         """Tell `recorder` from now on which experts each decoded token picks, until `close`."""
         self._recorder = recorder
-        self._engine.watch_routing(lambda slot, ids: recorder.picked(slot, ids.cpu().numpy()))
+        self._engine.watch_routing(
+            lambda slot, ids: recorder.picked(slot, ids.cpu().numpy()), recorder.begin_step
+        )
 
     def close(self) -> None:
         """End all replies, free the model, and finish a routing trace."""

@@ -79,6 +79,7 @@ class Engine:
         self._execution = Execution(model, cache)
         self._scheduler: Scheduler[Generation] = Scheduler(max_running, max_queued)
         self._totals = Totals()
+        self._on_step: Callable[[Sequence[int]], None] | None = None
         self._stepping = threading.Lock()  # held for as long as a step takes
         # Held for moments: who runs and waits, and the end of requests. Taken after _stepping.
         self._lock = threading.RLock()
@@ -329,10 +330,19 @@ class Engine:
         with self._stepping:
             self._model.timeline = timeline
 
-    def watch_routing(self, on_decode: Callable[[int, torch.Tensor], None] | None) -> None:
-        """Have every later step of decoding tell which experts it picks. See K2Model."""
+    def watch_routing(
+        self,
+        on_decode: Callable[[int, torch.Tensor], None] | None,
+        on_step: Callable[[Sequence[int]], None] | None = None,
+    ) -> None:
+        """Have every later step of decoding tell which experts it picks. See K2Model.
+
+        on_step: called before each, also one that then fails, with the numbers of the requests that
+        get a token, in the order of the picks' rows.
+        """
         with self._stepping:
             self._model.watch_routing(on_decode)
+            self._on_step = on_step
 
     def routing_fingerprint(self) -> str:
         """What tells this model's routing from another's. See K2Model."""
@@ -388,6 +398,8 @@ class Engine:
         ready = [generation for generation in ready if generation.sequence is not None]
         if not ready:
             return
+        if self._on_step is not None:
+            self._on_step([generation.number for generation in ready])
         try:
             logits = self._execution.decode(ready)
         except Exception as error:

@@ -11,6 +11,7 @@ WORKSTATION = MachineProfile(
     cores=16,
     nodes=1,
     ram_bytes=768 * 10**9,
+    process_bytes=300_000_000,
     host_read_roof_bytes_per_second=210e9,
     host_read_bytes_per_second=200e9,
     moe_bytes_per_second=190e9,

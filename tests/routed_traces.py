@@ -36,4 +36,4 @@ def skewed_trace(
         for layer in range(layers):
             scores = np.roll(gumbel, layer * 7, axis=1) + liked[layer].astype(np.float32)
             ids[layer, begin : begin + size] = np.argpartition(-scores, top_k, axis=1)[:, :top_k]
-    return RoutingTrace(header, ids, 1)
+    return RoutingTrace.of_one_request(header, ids)

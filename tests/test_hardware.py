@@ -72,8 +72,8 @@ def test_a_file_that_is_no_profile_is_refused(text: str, tmp_path: Path) -> None
 def test_a_profile_of_another_version_is_refused(tmp_path: Path) -> None:
     path = profile_path(tmp_path)
     save_profile(path, MEASURED)
-    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
-    with pytest.raises(ConfigError, match="version 2; this program reads 1"):
+    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
+    with pytest.raises(ConfigError, match="version 1; this program reads 2"):
         load_profile(path)
 
 

@@ -74,11 +74,10 @@ def test_the_memory_fit_table_of_24_32_48_and_96_gb_is_reproduced(
         # Within 3%, and the 0.05 that the table's rounding may hide.
         expected = pytest.approx(gigabytes, rel=0.03, abs=0.05)
         assert made.free_gpu_bytes / 1e9 == expected, (context, kv_dtype)
-        # 19.3 GB are 12.998 experts; the table rounded these up.
-        assert experts - 1 <= made.resident_experts_per_layer <= experts
-        exact = made.free_gpu_bytes / (K2.moe_layers * K2.expert_bytes)
-        assert made.resident_experts_per_layer == int(exact)
-        assert int(exact + 0.01) == experts
+        # The table has whole experts of each layer. A card takes single ones, so layers may differ
+        # by one: 19.3 GB are 779, 13 in every layer but one, and the table's 13 is 0.13% more.
+        mean = made.resident_experts / K2.moe_layers
+        assert 0.97 * experts <= mean < experts + 1, (context, kv_dtype)
 
 
 # Tokens per second without and with overlap, 8K of context, nothing resident.
@@ -97,10 +96,10 @@ def test_the_decode_table_is_reproduced(
 ) -> None:
     for name, (serial, overlapped) in cards.items():
         # Of a card that has no room for experts, as the table has it.
-        card = replace(gpu_named(name), memory_bytes=24 * 10**9)
+        card = replace(gpu_named(name), memory_bytes=235 * 10**8)
         machine = replace(WORKSTATION, host_read_bytes_per_second=gigabytes * 1e9, gpu=card)
         made = plan(K2, machine, Choices(8 * K))
-        assert made.resident_experts_per_layer == 0
+        assert made.resident_experts == 0
         # The table's last digit is worth up to 0.7%.
         assert made.decode_tokens_per_second == pytest.approx(overlapped, rel=0.01)
         alone = made.decode.seconds + made.decode.overlapped_seconds
@@ -110,7 +109,10 @@ def test_the_decode_table_is_reproduced(
 def test_experts_on_the_card_are_not_also_in_host_memory() -> None:
     made = with_card("RTX PRO 6000")
     card, host = (dict(place.contents) for place in made.places)
-    assert card["routed experts"] == 52 * 60 * K2.expert_bytes
+    assert made.free_gpu_bytes is not None
+    assert 0 <= made.free_gpu_bytes - card["routed experts"] < K2.expert_bytes
+    assert made.resident_experts_per_layer == 52
+    assert card["routed experts"] == made.resident_experts * K2.expert_bytes
     assert card["routed experts"] + host["routed experts"] == K2.routed_bytes
 
 

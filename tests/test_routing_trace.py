@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,13 @@ from hybridk2.config import EngineConfig
 from hybridk2.engine import Engine
 from hybridk2.errors import TuningError
 from hybridk2.model.moe import TopKRouter
-from hybridk2.routing_trace import TraceHeader, TraceRecorder, TraceWriter, read_trace
+from hybridk2.routing_trace import (
+    RoutingTrace,
+    TraceHeader,
+    TraceRecorder,
+    TraceWriter,
+    read_trace,
+)
 from hybridk2.sampling import SamplingParams
 from hybridk2.synthesis import synthesize, synthetic_config
 
@@ -50,9 +57,43 @@ def test_ids_come_back_whatever_their_number_of_bits(experts: int, tmp_path: Pat
     np.testing.assert_array_equal(trace.ids.swapaxes(0, 1), np.concatenate(blocks))
 
 
-def test_a_token_of_k2_takes_540_bytes(tmp_path: Path) -> None:
+def test_requests_and_steps_come_back_block_by_block(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    writer = TraceWriter(tmp_path / "trace", SMALL)
+    requests = [random.integers(256, size=tokens).astype(np.uint8) for tokens in (5, 0, 17)]
+    begins = [random.random(len(block)) < 0.5 for block in requests]
+    for block in zip(requests, begins, strict=True):
+        writer.append(random_ids(SMALL, len(block[0])), *block)
+    writer.append(random_ids(SMALL, 2))
+    writer.close()
+    trace = read_trace(tmp_path / "trace")
+    np.testing.assert_array_equal(trace.requests, np.concatenate([*requests, [3, 3]]))
+    np.testing.assert_array_equal(trace.begins, np.concatenate([*begins, [True, True]]))
+    assert trace.steps == trace.begins.sum()
+
+
+def test_version_1_is_read_as_a_request_in_each_block_and_not_continued(tmp_path: Path) -> None:
+    path = tmp_path / "trace"
+    blocks = [random_ids(SMALL, tokens) for tokens in (2, 3)]
+    write(path, SMALL)
+    old = bytearray(path.read_bytes())
+    old[8:12] = struct.pack("<I", 1)
+    for block in blocks:  # 3 bits an id: no planes of higher bits
+        lengths = struct.pack("<III", len(block), block.size, zlib.crc32(block.tobytes()))
+        old += lengths + struct.pack("<I", zlib.crc32(lengths)) + block.tobytes()
+    path.write_bytes(old)
+    trace = read_trace(path)
+    np.testing.assert_array_equal(trace.ids.swapaxes(0, 1), np.concatenate(blocks))
+    assert trace.requests.tolist() == [0, 0, 1, 1, 1]
+    assert trace.steps == trace.tokens == 5
+    with pytest.raises(TuningError, match="version 1 is read, but not continued"):
+        TraceWriter(path, SMALL)
+    assert path.read_bytes() == old
+
+
+def test_a_token_of_k2_takes_541_bytes(tmp_path: Path) -> None:
     write(tmp_path / "trace", K2, random_ids(K2, 1000))
-    assert (tmp_path / "trace").stat().st_size == pytest.approx(540 * 1000, abs=250)
+    assert (tmp_path / "trace").stat().st_size == pytest.approx(541.125 * 1000, abs=250)
     assert (tmp_path / "trace").stat().st_mode & 0o077 == 0, "readable by its owner only"
 
 
@@ -123,9 +164,9 @@ def test_other_files_and_other_versions_are_refused(tmp_path: Path) -> None:
     path.unlink()
     write(path, SMALL)
     later = bytearray(path.read_bytes())
-    later[8:12] = struct.pack("<I", 2)
+    later[8:12] = struct.pack("<I", 3)
     path.write_bytes(later)
-    with pytest.raises(TuningError, match="version 2"):
+    with pytest.raises(TuningError, match="version 3"):
         read_trace(path)
     with pytest.raises(TuningError, match="cannot be read"):
         read_trace(tmp_path / "nowhere")
@@ -134,14 +175,16 @@ def test_other_files_and_other_versions_are_refused(tmp_path: Path) -> None:
 def test_a_step_that_failed_half_way_leaves_nothing(tmp_path: Path) -> None:
     recorder = TraceRecorder(TraceWriter(tmp_path / "trace", SMALL), block_tokens=2)
     picks = random_ids(SMALL, 3)
+    recorder.begin_step([7])
     recorder.picked(0, picks[2:, 0])  # and layer 1 never comes
     for step in range(2):
+        recorder.begin_step([7])
         for slot in range(SMALL.layers):
             recorder.picked(slot, picks[step : step + 1, slot])
     recorder.close()
     trace = read_trace(tmp_path / "trace")
     np.testing.assert_array_equal(trace.ids.swapaxes(0, 1), picks[:2])
-    assert trace.blocks == 1
+    assert (trace.blocks, trace.steps) == (1, 2)
 
 
 def test_a_full_disk_ends_the_recording_and_not_the_step(
@@ -154,11 +197,13 @@ def test_a_full_disk_ends_the_recording_and_not_the_step(
     def refuse(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
+    recorder.begin_step([0])
     recorder.picked(0, picks[:, 0])
     recorder.picked(1, picks[:, 1])
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", refuse)
         for _ in range(2):
+            recorder.begin_step([0])
             recorder.picked(0, picks[:, 0])
             recorder.picked(1, picks[:, 1])
     recorder.close()
@@ -202,9 +247,49 @@ def test_a_model_records_the_experts_of_each_token_that_it_decodes(tmp_path: Pat
     # Each token of the answer was decoded to get the next one; the prompt was not decoded.
     assert trace.tokens == finished.usage.completion_tokens > 20
     assert trace.blocks == -(-trace.tokens // 16)
+    assert trace.steps == trace.tokens
+    assert set(trace.requests) == {0}
     for slot, spy in enumerate(spies):
         decoded = np.concatenate([picks for picks in spy.picks if len(picks) == 1])
         np.testing.assert_array_equal(trace.ids[slot], decoded)
+
+
+def test_requests_that_run_side_by_side_are_told_apart(tmp_path: Path) -> None:
+    """Two requests, the second joining in the middle of the first: what each picks is found again
+    by its number, whatever ran beside it."""
+    engine = Engine.load(EngineConfig(threads=1))
+    config = engine.config
+    header = TraceHeader(
+        engine.routing_fingerprint(),
+        *(config.num_moe_layers, config.n_routed_experts, config.num_experts_per_tok, "a test"),
+    )
+
+    def run(path: Path, prompts: list[list[int]], tokens: int) -> RoutingTrace:
+        recorder = TraceRecorder(TraceWriter(path, header), 8)
+        engine.watch_routing(
+            lambda slot, ids: recorder.picked(slot, ids.numpy()), recorder.begin_step
+        )
+        # With a seed the numbers of a request do not depend on its company.
+        params = SamplingParams(temperature=0.0, max_tokens=tokens, seed=0)
+        first = engine.submit(prompts[0], params, stop_ids=())
+        for _ in range(4):
+            engine.step()
+        others = [engine.submit(prompt, params, stop_ids=()) for prompt in prompts[1:]]
+        while not all(generation.done for generation in (first, *others)):
+            engine.step()
+        recorder.close()
+        return read_trace(path)
+
+    left, right = list(range(40, 60)), list(range(80, 90))
+    both = run(tmp_path / "both", [left, right], 12)
+    alone = [run(tmp_path / str(prompt[0]), [prompt], 12) for prompt in (left, right)]
+    engine.close()
+    assert both.tokens == 2 * 11 > both.steps
+    assert set(both.requests) == {0, 1}
+    ends = np.append(np.flatnonzero(both.begins)[1:], both.tokens)
+    assert set(ends - np.flatnonzero(both.begins)) == {1, 2}
+    for number, trace in enumerate(alone):
+        np.testing.assert_array_equal(both.ids[:, both.requests == number], trace.ids)
 
 
 def test_models_of_one_shape_and_other_routers_have_other_fingerprints(tmp_path: Path) -> None:

@@ -117,7 +117,9 @@ def test_no_budget_changes_nothing_and_all_experts_hit_always() -> None:
 
 
 def test_a_trace_of_a_few_tokens_is_refused() -> None:
-    trace = RoutingTrace(TraceHeader("m", 1, 4, 1, "s"), np.zeros((1, 3, 1), np.uint8), 1)
+    trace = RoutingTrace.of_one_request(
+        TraceHeader("m", 1, 4, 1, "s"), np.zeros((1, 3, 1), np.uint8)
+    )
     with pytest.raises(TuningError, match="3 decoded tokens"):
         tune(trace, replace(HOST_BOUND, top_k=1), 2)
 
@@ -132,8 +134,7 @@ def test_uniform_routing_is_predicted_as_the_planner_predicts_it(card: str) -> N
     assert machine.gpu is not None
     cost = step_cost(sizes, machine.host_read_bytes_per_second, machine.gpu, planned.choices)
     trace = skewed_trace(2000, layers=60, experts=384, top_k=8, seed=0, skew=0.0)
-    mask = uniform(60, 384, 60 * planned.resident_experts_per_layer)
+    mask = uniform(60, 384, planned.resident_experts)
     replay = priced(hits_histogram(trace.ids, mask), cost)
-    share = planned.resident_experts_per_layer / 384
-    assert replay.hit_rate == pytest.approx(share, abs=0.01)
+    assert replay.hit_rate == pytest.approx(planned.resident_share, abs=0.01)
     assert replay.tokens_per_second == pytest.approx(planned.decode_tokens_per_second, rel=0.02)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hybridk2.placement import by_frequency, by_marginal_gain, uniform
 from hybridk2.tuner.replay import (
     Replay,
     StepCost,
+    Windows,
     count_picks,
     hits_histogram,
     priced,
@@ -137,6 +139,31 @@ def test_lru_does_what_a_plain_loop_does_with_another_size_in_each_layer(seed: i
     assert outcome(replay_lru(ids, start, one)) == pytest.approx(lru_by_hand(ids, start))
 
 
+@pytest.mark.parametrize("replay", [replay_lru, replay_lfu])
+@pytest.mark.parametrize("seed", range(4))
+def test_windows_over_all_of_a_trace_are_the_replay_of_all_of_it(
+    replay: Callable[..., Replay], seed: int
+) -> None:
+    """What a cache holds when a window begins is worked out from what was picked before it."""
+    ids = random_ids(seed, layers=3, tokens=60, experts=12, top_k=3)
+    start = np.zeros((3, 12), bool)
+    for layer, size in enumerate((0, 2, 7)):
+        start[layer, 12 - size :] = True
+    windows = Windows((0, 15, 30, 45), 15)
+    whole, cut = replay(ids, start, SLOW_CARD), replay(ids, start, SLOW_CARD, windows)
+    assert outcome(cut) == pytest.approx(outcome(whole), rel=1e-12)
+    assert cut.seconds == pytest.approx(whole.seconds, rel=1e-12)
+    last = replay(ids, start, SLOW_CARD, Windows((45,), 15))
+    assert outcome(last) != outcome(replay(ids[:, 45:], start, SLOW_CARD)), "the past counts"
+
+
+def test_windows_lie_evenly_over_the_whole_trace() -> None:
+    assert Windows.spread(1_000_000, 16, 1024).starts[::5] == (0, 332_992, 665_984, 998_976)
+    assert Windows.spread(1_000_000, 16, 1024).tokens == 16_384
+    assert Windows.spread(5000, 16, 1024) == Windows((0, 1250, 2500, 3750), 1250)
+    assert Windows.spread(1500, 16, 1024) == Windows((0,), 1500)
+
+
 def test_lfu_brings_an_expert_in_once_it_leads() -> None:
     ids = np.array([[[0], [1], [1], [1], [0], [0], [0]]], np.uint8)
     start = np.array([[True, False]])
@@ -172,11 +199,11 @@ def test_no_sequence_of_cache_contents_has_more_hits_than_belady(seed: int) -> N
 
 def test_belady_bounds_every_cache_and_every_placement_with_its_budgets() -> None:
     trace = skewed_trace(600, layers=6, experts=64, top_k=8, seed=3)
-    for budget in (48, 120, 300):
+    for budget, windows in itertools.product((48, 120, 300), (None, Windows((0, 250, 500), 100))):
         start = by_marginal_gain(count_picks(trace.ids, 64), budget)
-        bound = replay_belady(trace.ids, start, SLOW_K2).hit_rate
+        bound = replay_belady(trace.ids, start, SLOW_K2, windows).hit_rate
         for replay in (replay_lru, replay_lfu):
-            assert replay(trace.ids, start, SLOW_K2).hit_rate <= bound
+            assert replay(trace.ids, start, SLOW_K2, windows).hit_rate <= bound
         assert priced(hits_histogram(trace.ids, start), SLOW_K2).hit_rate <= bound
 
 

@@ -123,6 +123,7 @@ def _print_speeds(
     table.add_row("dense products, 512 rows", f"{profile.dense_flops / 1e12:.3f}")
     output.print(table)
     output.print(f"A layer without weights takes {profile.layer_overhead_seconds * 1e6:.0f} us.")
+    output.print(f"A process takes {profile.process_bytes / 1e6:.0f} MB beside weights and cache.")
 
 
 def _print_findings(output: Console, found: list[Finding]) -> None:

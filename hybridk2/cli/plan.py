@@ -190,8 +190,9 @@ def _print(output: Console, model: str, made: Plan) -> None:
             output.print(f"  {nearest.place}: {nearest.options}   ({nearest.effect})")
     if gpu is not None:
         output.print(
-            f"On the card: {made.resident_experts_per_layer} of {made.sizes.experts_per_layer} "
-            "experts of each layer."
+            f"On the card: {made.resident_experts:,} routed experts, "
+            f"{made.resident_experts / max(made.sizes.moe_layers, 1):.2f} of "
+            f"{made.sizes.experts_per_layer} in the mean layer."
         )
     _print_times(output, made)
     _print_remarks(output, made)

@@ -294,8 +294,10 @@ def _check_shape(trace: RoutingTrace, sizes: ModelSizes, path: Path, model: str)
 
 def _about(trace: RoutingTrace, path: Path, card: GpuProfile, host: _HostSpeed) -> tuple[str, ...]:
     figures = "measured" if card.measured else "by its data sheet, nothing of it measured"
+    together = trace.tokens / max(trace.steps, 1)
     return (
-        f"{trace.tokens:,} decoded tokens in {path}.",
+        f"{trace.tokens:,} decoded tokens in {path}"
+        + (f", {together:.2g} in a step, priced as if each ran alone." if together > 1 else "."),
         f"Predicted for {card.name}, {figures}, and a host that reads "
         f"{host.bytes_per_second / 1e9:.3g} GB/s of experts ({host.source}).",
     )

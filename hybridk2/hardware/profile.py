@@ -18,14 +18,16 @@ from hybridk2.errors import ConfigError
 from hybridk2.hardware.cards import GpuProfile
 
 FORMAT = "hybridk2 machine"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
 class MachineProfile:
     """One machine's figures. Speeds are of all usable cores together.
 
-    ram_bytes: what a process may use at most. isa: the kernels that were measured.
+    ram_bytes: what a process may use at most. process_bytes: what one that runs the engine takes
+    beside weights and cache: interpreter, libraries, threads and what they allocate. isa: the
+    kernels that were measured.
     host_read_roof_bytes_per_second: of a plain loop over INT4 weights in host memory.
     host_read_bytes_per_second: of the experts' kernels with one token, alone.
     Decoding on the CPU, one token, weights of K2's true dimensions, time per operator left out:
@@ -42,6 +44,7 @@ class MachineProfile:
     cores: int
     nodes: int
     ram_bytes: int
+    process_bytes: int
     host_read_roof_bytes_per_second: float
     host_read_bytes_per_second: float
     moe_bytes_per_second: float
@@ -65,6 +68,8 @@ class MachineProfile:
 _SHARE_OF_ATTENTION, _SHARE_OF_DENSE, _SHARE_OF_HEAD, _SHARE_OF_LATENTS = 0.8, 1.0, 0.7, 0.05
 _FLOPS_PER_BYTE = 20
 _LAYER_OVERHEAD_SECONDS = 7.5e-4
+# With torch 2.13 for CPUs, 2 threads; the same to 1 MB from run to run.
+_PROCESS_BYTES = 285_000_000
 
 
 def described_machine(
@@ -82,6 +87,7 @@ def described_machine(
         cores=0,
         nodes=0,
         ram_bytes=ram_bytes,
+        process_bytes=_PROCESS_BYTES,
         host_read_roof_bytes_per_second=read,
         host_read_bytes_per_second=read,
         moe_bytes_per_second=read,

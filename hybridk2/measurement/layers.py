@@ -34,6 +34,7 @@ from hybridk2.experts.host import READ_LOOPS, HostExperts, available_isas, usabl
 from hybridk2.experts.router import AsyncRouter
 from hybridk2.hardware import MachineProfile, SystemFacts
 from hybridk2.kv_cache import CacheSequence, PagedLatentCache
+from hybridk2.measurement.process import process_bytes
 from hybridk2.model.k2 import DecoderLayer, K2Model
 from hybridk2.model.layers import RotaryTable
 
@@ -87,6 +88,8 @@ def measure_machine(system: SystemFacts, on_progress: OnProgress) -> MachineProf
             f"measuring takes {_NEEDED_BYTES / 1e9:.0f} GB of memory, available are "
             f"{available_bytes / 1e9:.1f} GB. Close other programs"
         )
+    on_progress("the process itself", 0, 1)
+    of_process = process_bytes()
     cores = usable_cores()
     torch.set_num_threads(cores)
     on_progress("making random weights", 0, 1)
@@ -100,6 +103,7 @@ def measure_machine(system: SystemFacts, on_progress: OnProgress) -> MachineProf
         cores=cores,
         nodes=nodes,
         ram_bytes=system.usable_ram_bytes,
+        process_bytes=of_process,
         measured=True,
         **_speeds(seconds),
     )

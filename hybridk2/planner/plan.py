@@ -23,7 +23,8 @@ from hybridk2.planner.timing import (
 GIGABYTE = 1_000_000_000
 # Of a card: the CUDA context, activations of a chunk, the ring that experts stream through.
 GPU_RESERVE_BYTES = 1_900_000_000
-# What loading and serving need beyond the weights, as experts.loading counts it.
+# What loading and serving need beyond the weights, the process itself included, as
+# experts.loading counts it.
 HOST_WORKING_BYTES = 1_000_000_000
 
 _SHORTEST_CONTEXT = 4096
@@ -75,18 +76,30 @@ class Nearest:
 class Plan:
     """A model on a machine.
 
-    resident_experts_per_layer: routed experts on the card. free_gpu_bytes: of the card for them,
-    negative when not even the rest fits; None without a card. nearest: empty when it fits.
+    resident_experts: routed experts on the card, in all layers together. free_gpu_bytes: of the
+    card for them, negative when not even the rest fits; None without a card. nearest: empty when
+    it fits.
     """
 
     sizes: ModelSizes
     machine: MachineProfile
     choices: Choices
     places: tuple[Place, ...]
-    resident_experts_per_layer: int
+    resident_experts: int
     free_gpu_bytes: int | None
     decode: DecodeTime
     nearest: tuple[Nearest, ...]
+
+    @property
+    def resident_experts_per_layer(self) -> int:
+        """What every layer has on the card at least; some have one more where they do not share
+        out evenly, as placement.layer_budgets does it."""
+        return self.resident_experts // max(self.sizes.moe_layers, 1)
+
+    @property
+    def resident_share(self) -> float:
+        """Of all routed experts, those on the card."""
+        return _share(self.resident_experts, self.sizes)
 
     @property
     def fits(self) -> bool:
@@ -111,8 +124,9 @@ class Plan:
         gpu = self.machine.gpu
         if gpu is None:
             return cpu_prefill(self.sizes, self.machine, prompt_tokens)
-        share = self.resident_experts_per_layer / self.sizes.experts_per_layer
-        return gpu_prefill(self.sizes, self.machine, gpu, prompt_tokens, resident_share=share)
+        return gpu_prefill(
+            self.sizes, self.machine, gpu, prompt_tokens, resident_share=self.resident_share
+        )
 
     def prefill_tokens_per_second(self, prompt_tokens: int) -> float:
         return prompt_tokens / self.prefill(prompt_tokens).seconds
@@ -133,6 +147,7 @@ class Plan:
                 for place in self.places
             ],
             "nearest": [asdict(setting) for setting in self.nearest],
+            "resident_experts": self.resident_experts,
             "resident_experts_per_layer": self.resident_experts_per_layer,
             "free_gpu_bytes": self.free_gpu_bytes,
             "decode_tokens_per_second": self.decode_tokens_per_second,
@@ -165,14 +180,15 @@ def _lay_out(sizes: ModelSizes, machine: MachineProfile, choices: Choices) -> Pl
     gpu = machine.gpu
     context = min(choices.decode_context_tokens, choices.context_tokens)
     if gpu is None:
-        host = Place(_HOST, _host_contents(sizes, choices), machine.ram_bytes)
+        host = Place(_HOST, _host_contents(sizes, machine, choices), machine.ram_bytes)
         decode = cpu_decode(sizes, machine, context)
         return Plan(sizes, machine, choices, (host,), 0, None, decode, ())
     weights = sizes.gpu_weight_bytes(choices.dense)
     cache = choices.context_tokens * sizes.latent_bytes(choices.kv_dtype)
     free = free_gpu_bytes(sizes, gpu, choices)
-    resident = min(max(free, 0) // (sizes.moe_layers * sizes.expert_bytes), sizes.experts_per_layer)
-    resident_bytes = resident * sizes.moe_layers * sizes.expert_bytes
+    num_experts = sizes.moe_layers * sizes.experts_per_layer
+    resident = min(max(free, 0) // sizes.expert_bytes, num_experts) if num_experts else 0
+    resident_bytes = resident * sizes.expert_bytes
     card = Place(
         _CARD,
         (
@@ -188,7 +204,7 @@ def _lay_out(sizes: ModelSizes, machine: MachineProfile, choices: Choices) -> Pl
         (
             ("routed experts", sizes.routed_bytes - resident_bytes),
             ("embedding", sizes.embedding_bytes),
-            ("to work with", HOST_WORKING_BYTES),
+            *_working_contents(machine),
         ),
         machine.ram_bytes,
     )
@@ -199,21 +215,34 @@ def _lay_out(sizes: ModelSizes, machine: MachineProfile, choices: Choices) -> Pl
         context_tokens=context,
         kv_dtype=choices.kv_dtype,
         dense=choices.dense,
-        resident_share=resident / sizes.experts_per_layer,
+        resident_share=_share(resident, sizes),
     )
     return Plan(sizes, machine, choices, (card, host), resident, free, decode, ())
 
 
-def _host_contents(sizes: ModelSizes, choices: Choices) -> tuple[tuple[str, int], ...]:
+def _share(resident_experts: int, sizes: ModelSizes) -> float:
+    return resident_experts / max(sizes.moe_layers * sizes.experts_per_layer, 1)
+
+
+def _host_contents(
+    sizes: ModelSizes, machine: MachineProfile, choices: Choices
+) -> tuple[tuple[str, int], ...]:
     """Today's engine: all in host memory, and a cache of twice the context, so that a second
     conversation does not push out the first."""
-    dense = sizes.layer_bytes - sizes.router_bytes + sizes.widened_router_bytes
     return (
         ("routed experts", sizes.routed_bytes),
-        ("other weights of the layers", dense),
+        ("other weights of the layers", sizes.host_dense_bytes),
         ("embedding and lm_head", sizes.embedding_bytes + sizes.head_bytes),
         ("latent cache", 2 * choices.context_tokens * sizes.latent_bytes("bf16")),
-        ("to work with", HOST_WORKING_BYTES),
+        *_working_contents(machine),
+    )
+
+
+def _working_contents(machine: MachineProfile) -> tuple[tuple[str, int], ...]:
+    """The process itself, and what is left of the working memory for prompts and buffers."""
+    return (
+        ("the process itself", machine.process_bytes),
+        ("to work with", max(HOST_WORKING_BYTES - machine.process_bytes, 0)),
     )
 
 
@@ -280,8 +309,8 @@ def _for_the_host(made: Plan) -> Iterator[Nearest]:
     yield Nearest(_HOST, f"--ram {-(-host.needed_bytes // GIGABYTE)}", "so many GB of host memory")
     if made.machine.gpu is None:
         return
-    layer_experts = made.sizes.moe_layers * made.sizes.expert_bytes
-    more = -(-host.shortfall_bytes // layer_experts) * layer_experts
+    expert_bytes = made.sizes.expert_bytes
+    more = -(-host.shortfall_bytes // expert_bytes) * expert_bytes
     wanted = made.machine.gpu.memory_bytes + more
     larger = [card for card in CARDS if card.memory_bytes >= wanted]
     if larger and not made.places[0].shortfall_bytes:

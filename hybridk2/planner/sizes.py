@@ -121,6 +121,17 @@ class ModelSizes:
         """What routers take in memory: the engine keeps them in fp32, as it computes them."""
         return self.router_bytes * _FP32_BYTES // _BF16_BYTES
 
+    @property
+    def host_dense_bytes(self) -> int:
+        """What all layers' dense weights take in host memory."""
+        return self.layer_bytes - self.router_bytes + self.widened_router_bytes
+
+    @property
+    def host_weight_bytes(self) -> int:
+        """What all weights take in host memory, activations being bf16."""
+        ends = self.embedding_bytes + self.head_bytes
+        return self.routed_bytes + self.host_dense_bytes + ends
+
     def gpu_share(self, dense: DenseDtype) -> float:
         """Bytes of a bf16 matrix on a card, kv_b and routers excepted, over its bytes in bf16."""
         return _INT8_SHARE if dense == "int8" else 1.0

@@ -7,7 +7,7 @@ decoded alone, as on a workstation with one person at it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -128,39 +128,148 @@ def _layer_gains(ids: Ids, experts: int, saved: Seconds, most: int) -> Seconds:
     return gains
 
 
-def replay_lru(ids: Ids, start: Mask, cost: StepCost) -> Replay:
-    """Each layer keeps the experts picked last. start: what is there before, and how many."""
-    no_use = np.zeros(start.shape, np.int64)
-    cache = _replay_cache(ids, start, no_use, lambda step, uses: np.full_like(uses, step + 1))
-    return _priced_cache(*cache, cost)
+@dataclass(frozen=True)
+class Windows:
+    """Stretches of a trace that a cache is replayed on, side by side: all of one length, by the
+    tokens they begin with, ascending."""
+
+    starts: tuple[int, ...]
+    length: int
+
+    @classmethod
+    def spread(cls, tokens: int, most: int, length: int) -> Windows:
+        """Up to `most` windows of at least so many tokens, evenly over a trace; the whole trace
+        where it is shorter than two."""
+        count = max(min(most, tokens // length), 1)
+        length = length if count == most else tokens // count
+        starts = np.linspace(0, tokens - length, count).astype(int)
+        return cls(tuple(starts.tolist()), length)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.starts) * self.length
+
+    def cut(self, ids: Ids) -> Ids:
+        """ids: (layers, tokens, top_k). Returns (windows x layers, length, top_k)."""
+        return np.concatenate([ids[:, start : start + self.length] for start in self.starts])
+
+    def joined(self, counts: Counts) -> Counts:
+        """counts: (windows x layers, length). Returns (layers, tokens)."""
+        by_window = counts.reshape(len(self.starts), -1, self.length)
+        return by_window.swapaxes(0, 1).reshape(-1, self.tokens)
 
 
-def replay_lfu(ids: Ids, start: Mask, cost: StepCost) -> Replay:
-    """Each layer keeps those picked most often so far; a new one comes once it leads."""
-    no_use = np.zeros(start.shape, np.int64)
-    cache = _replay_cache(ids, start, no_use, lambda step, uses: uses + 1)
-    return _priced_cache(*cache, cost)
+def replay_lru(ids: Ids, start: Mask, cost: StepCost, windows: Windows | None = None) -> Replay:
+    """Each layer keeps the experts picked last. start: what is there before the trace, and how
+    many. windows: replay these only, None for all; what was picked before them counts."""
+    windows = windows or Windows((0,), ids.shape[1])
+    never = _order_of_never_picked(start)
+
+    def keys(counts: Counts, last: Counts) -> Counts:
+        return np.where(counts > 0, last, never)
+
+    def renewed(picks: Counts, old: Counts) -> Counts:
+        return np.broadcast_to(picks, old.shape)
+
+    return _priced_cache(*_replay_by_history(ids, start, windows, keys, renewed), cost)
 
 
-def replay_belady(ids: Ids, start: Mask, cost: StepCost) -> Replay:
+def replay_lfu(ids: Ids, start: Mask, cost: StepCost, windows: Windows | None = None) -> Replay:
+    """Each layer keeps those picked most often so far; a new one comes once it leads. For the rest
+    see replay_lru."""
+    _, tokens, top_k = ids.shape
+    windows = windows or Windows((0,), tokens)
+    never = _order_of_never_picked(start)
+    # Of two with as many picks the one stays that had them first: count * step - last pick.
+    step = tokens * top_k - int(never.min())
+
+    def keys(counts: Counts, last: Counts) -> Counts:
+        return np.where(counts > 0, counts * step - last, never)
+
+    def renewed(picks: Counts, old: Counts) -> Counts:
+        return (-(-old // step) + 1) * step - picks
+
+    return _priced_cache(*_replay_by_history(ids, start, windows, keys, renewed), cost)
+
+
+def replay_belady(ids: Ids, start: Mask, cost: StepCost, windows: Windows | None = None) -> Replay:
     """Each layer keeps those picked again soonest, knowing the future: no cache with as many
-    experts in each layer has more hits. Its first fill is free, and so are its uploads."""
+    experts in each layer has more hits. Its first fill, of each window, is free, and so are its
+    uploads."""
+    windows = windows or Windows((0,), ids.shape[1])
+    ids, start = windows.cut(ids), np.tile(start, (len(windows.starts), 1))
     following, first = _next_use(ids, start.shape[1])
     fill = np.zeros(start.shape, bool)
-    for layer, soonest in enumerate(np.argsort(first, axis=1, kind="stable")):
-        fill[layer, soonest[: start[layer].sum()]] = True
-    hits, uploads = _replay_cache(ids, fill, -first, lambda step, uses: -following[:, step])
-    return _priced_cache(hits, np.zeros_like(uploads), cost)
+    for row, soonest in enumerate(np.argsort(first, axis=1, kind="stable")):
+        fill[row, soonest[: start[row].sum()]] = True
+    found, _ = _replay_cache(ids, fill, -first, lambda step, old: -following[:, step])
+    hits = windows.joined(found)
+    return _priced_cache(hits, np.zeros_like(hits), cost)
+
+
+def _order_of_never_picked(start: Mask) -> Counts:
+    """Keys of experts before their first pick, all of them negative and different: those that are
+    there at the start by their ids, then the others. start: (layers, experts)."""
+    ids = np.arange(start.shape[1])
+    return np.where(start, -1 - ids, -1 - len(ids) - ids)
+
+
+def _replay_by_history(
+    ids: Ids,
+    start: Mask,
+    windows: Windows,
+    keys: Callable[[Counts, Counts], Counts],
+    renewed: Callable[[Counts, Counts], Counts],
+) -> tuple[Counts, Counts]:
+    """Hits and uploads (layers, tokens of the windows) of a cache that keeps the experts of the
+    highest keys, which only a pick changes, and only upwards.
+
+    So what it holds before a window is known without a replay up to there: an expert that is
+    neither held nor picked has as many above it as the cache holds, and they only rise. keys: from
+    picks so far and the number of the last one, both (layers, experts), to keys, no two of a layer
+    the same. renewed: from the numbers of picks and the picked experts' keys to their new ones.
+    """
+    layers, _, top_k = ids.shape
+    histories = [keys(*history) for history in _histories(ids, start.shape[1], windows.starts)]
+    key = np.concatenate(histories)
+    sizes = np.tile(start.sum(axis=1, keepdims=True), (len(windows.starts), 1))
+    rank = np.argsort(np.argsort(-key, axis=1), axis=1)
+    origin = np.repeat(np.array(windows.starts) * top_k, layers)[:, None] + np.arange(top_k)
+    hits, uploads = _replay_cache(
+        windows.cut(ids),
+        rank < sizes,
+        key,
+        lambda step, old: renewed(origin + step * top_k, old),
+    )
+    return windows.joined(hits), windows.joined(uploads)
+
+
+def _histories(ids: Ids, experts: int, starts: Sequence[int]) -> Iterator[tuple[Counts, Counts]]:
+    """Before each of these tokens, ascending: how often each expert was picked, and the number of
+    its last pick; (layers, experts) both. Picks are numbered through the trace."""
+    layers, _, top_k = ids.shape
+    counts = np.zeros((layers, experts), np.int64)
+    last = np.zeros((layers, experts), np.int64)
+    begin = 0
+    for end in starts:
+        numbers = np.arange(begin * top_k, end * top_k)
+        for layer in range(layers):
+            picks = ids[layer, begin:end].ravel()
+            counts[layer] += np.bincount(picks, minlength=experts)
+            last[layer, picks] = numbers  # of several, the last one stays
+        yield counts.copy(), last.copy()
+        begin = end
 
 
 def _replay_cache(
     ids: Ids, start: Mask, priority: Counts, renewed: Callable[[int, Counts], Counts]
 ) -> tuple[Counts, Counts]:
-    """Hits and uploads: (layers, tokens) each. Step by step, all layers at once.
+    """Hits and uploads: (rows, tokens) each. Step by step, all rows at once; a row is a layer, or a
+    layer in a window.
 
-    start: (layers, experts), and as many experts as a layer may have. priority: (layers, experts),
-    of which each layer keeps the highest, among what it has and what the token picked.
-    renewed(step, old): the priorities (layers, top_k) of what the token picked.
+    start: (rows, experts), and as many experts as a row may have. priority: (rows, experts), of
+    which each row keeps the highest, among what it has and what the token picked.
+    renewed(step, old): the priorities (rows, top_k) of what the token picked.
     """
     layers, experts = start.shape
     sizes = start.sum(axis=1, keepdims=True)
@@ -190,7 +299,8 @@ def _replay_cache(
 
 
 def _priced_cache(hits: Counts, uploads: Counts, cost: StepCost) -> Replay:
-    """An upload takes the bus, and reads the host's memory as a miss does."""
+    """hits, uploads: (layers, tokens). An upload takes the bus, and reads the host's memory as a
+    miss does."""
     host = (cost.top_k - hits + uploads) * cost.host
     gpu = cost.shared + hits * cost.gpu
     layers = np.maximum(np.maximum(host, gpu), uploads * cost.upload)

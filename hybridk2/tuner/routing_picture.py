@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hybridk2.routing_trace import Ids, RoutingTrace
+from hybridk2.routing_trace import RoutingTrace
 from hybridk2.tuner.replay import Counts, count_picks
 
 Figures = NDArray[np.floating[Any]]
@@ -40,10 +40,14 @@ def popularity(counts: Counts) -> Figures:
     return np.stack([column.mean(axis=1) for column in columns], axis=1)
 
 
-def locality(ids: Ids, experts: int) -> tuple[Figures, Figures]:
-    """How many of a token's experts are picked again so many tokens later: (layers, DISTANCES), NaN
-    beyond the trace; and how many would be if each token picked for itself: (layers,)."""
-    ids = ids[:, :_LOCALITY_TOKENS]
+def locality(trace: RoutingTrace) -> tuple[Figures, Figures]:
+    """How many of a token's experts are picked again so many tokens of its request later: (layers,
+    DISTANCES), NaN where no request is as long; and how many would be if each token picked for
+    itself: (layers,)."""
+    experts = trace.header.experts
+    requests = trace.requests[:_LOCALITY_TOKENS]
+    order = np.argsort(requests, kind="stable")  # a request's tokens together, in their order
+    requests, ids = requests[order], trace.ids[:, order]
     layers, tokens, top_k = ids.shape
     again = np.full((layers, len(DISTANCES)), np.nan)
     by_chance = np.empty(layers)
@@ -52,9 +56,10 @@ def locality(ids: Ids, experts: int) -> tuple[Figures, Figures]:
         np.put_along_axis(picked, ids[layer].astype(np.int64), True, axis=1)
         by_chance[layer] = (picked.mean(axis=0) ** 2).sum() / top_k
         for column, distance in enumerate(DISTANCES):
-            if distance < tokens:
+            same = requests[distance:] == requests[:-distance]
+            if same.any():
                 both = picked[distance:] & picked[:-distance]
-                again[layer, column] = both.sum() / (len(both) * top_k)
+                again[layer, column] = both[same].sum() / (same.sum() * top_k)
     return again, by_chance
 
 
@@ -75,7 +80,7 @@ def popularity_map(trace: RoutingTrace) -> str:
 
 def locality_map(trace: RoutingTrace) -> str:
     """The heat map of `locality`, with chance as its last column."""
-    again, by_chance = locality(trace.ids, trace.header.experts)
+    again, by_chance = locality(trace)
     figures = np.concatenate([again, by_chance[:, None]], axis=1)
     names = [f"{distance} later" for distance in DISTANCES] + ["by chance"]
     tips = [
