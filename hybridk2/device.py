@@ -77,7 +77,7 @@ class CpuDevice:
     name = "cpu"
     torch_device = torch.device("cpu")
     # torch compiles a product for each number of rows, so there are few: alone, or in company.
-    decode_rows = (1, 8)
+    decode_rows: tuple[int, ...] = (1, 8)
     has_kernels = False
     replays_steps = False
 
@@ -110,7 +110,7 @@ class CudaDevice:
     """One NVIDIA card. All work goes to the stream that is current, in any thread the default one;
     a step is recorded as a CUDA graph."""
 
-    decode_rows = (1, 2, 4, 8)
+    decode_rows: tuple[int, ...] = (1, 2, 4, 8)
     has_kernels = True
     replays_steps = True
 

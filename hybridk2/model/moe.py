@@ -14,7 +14,8 @@ from torch import Tensor
 from hybridk2.checkpoint import MlpWeights, RouterWeights
 from hybridk2.config import K2Config
 from hybridk2.device import Device
-from hybridk2.experts.router import AsyncRouter
+from hybridk2.experts.router import HOST_SHARE, AsyncRouter
+from hybridk2.model.decode_batch import DecodeBatch
 from hybridk2.model.layers import place_mlp, swiglu
 from hybridk2.timeline import Timeline
 
@@ -62,45 +63,57 @@ class MixtureOfExperts:
         dtype: torch.dtype,
     ) -> None:
         """slot: index of the layer among the MoE layers."""
-        self._slot = slot
+        self.slot = slot
         self._layer = slot + config.first_k_dense_replace
         self._shared = place_mlp(shared, device, dtype)
         self._experts = experts
+        self._device = device
         self.router = TopKRouter(config, router, device)
         self.experts_read = 0  # over all calls, how many different experts each needed
         # Told the slot and the picks (tokens, top_k) of every decoded step; None: nobody asks.
         self.on_decode: Callable[[int, Tensor], None] | None = None
 
     def forward(
-        self, x: Tensor, tokens: int | None = None, timeline: Timeline | None = None
+        self, x: Tensor, batch: DecodeBatch | None = None, timeline: Timeline | None = None
     ) -> Tensor:
         """x: (rows, hidden), normed. Returns routed sum + shared expert, in x's dtype.
 
-        The shared expert runs on the device while the host computes the routed ones. tokens: so
-        many rows are tokens and the rest padding, for which no expert works, in a step of decoding;
-        None: all are, of a prompt.
-        timeline: told what ran when.
+        The shared expert runs on the device while the host computes the routed ones. batch: of a
+        step of decoding, which is told the picks; no expert works for its padding. None: all rows
+        are tokens of a prompt. timeline: told what ran when.
         """
-        expert_ids, weights = (picked[:tokens] for picked in self.router(x))
+        expert_ids, weights = self.router(x)
+        if batch is not None:
+            batch.picks[self.slot].copy_(expert_ids)
+            expert_ids = torch.where(batch.in_use, expert_ids, HOST_SHARE)
         if timeline is not None:
             timeline.mark("router", self._layer)
-        pending = self._experts.submit(self._slot, x[:tokens], expert_ids, weights)
+        pending = self._experts.submit(self.slot, x, expert_ids, weights)
         if timeline is not None:
             timeline.mark("handoff", self._layer)
         shared = self.shared_expert(x)
-        experts_read = len(set(expert_ids.flatten().tolist()))
-        self.experts_read += experts_read
-        if tokens is not None and self.on_decode is not None:
-            self.on_decode(self._slot, expert_ids)
+        if batch is None:
+            self.experts_read += _different(self._device.to_host(expert_ids))
         if timeline is not None:
             timeline.mark("shared expert", self._layer)
         routed = self._experts.collect(pending)
         if timeline is not None:
             timeline.mark("waiting", self._layer)
+            experts_read = _different(self._device.to_host(expert_ids))
             timeline.add_host_call(self._layer, experts_read, *pending.ticket.times())
-        shared[:tokens] += routed.to(x.dtype)
-        return shared
+        return shared.add_(routed.to(x.dtype))
+
+    def note_decoded(self, expert_ids: Tensor) -> None:
+        """Once a step of decoding is done: what it picked here, (tokens, top_k) on the host."""
+        self.experts_read += _different(expert_ids)
+        if self.on_decode is not None:
+            self.on_decode(self.slot, expert_ids)
 
     def shared_expert(self, x: Tensor) -> Tensor:
         """The SwiGLU that every token passes. x: (tokens, hidden), normed."""
         return swiglu(x, self._shared)
+
+
+def _different(expert_ids: Tensor) -> int:
+    """How many experts have to be read for picks on the host."""
+    return len(set(expert_ids.flatten().tolist()) - {HOST_SHARE})
