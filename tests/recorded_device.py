@@ -47,7 +47,9 @@ class _Recording(TorchDispatchMode):
         self.made += fresh
 
         def replay() -> None:
-            again = [leaf for leaf in tree_leaves(func(*args, **kwargs)) if isinstance(leaf, Tensor)]
+            again = [
+                leaf for leaf in tree_leaves(func(*args, **kwargs)) if isinstance(leaf, Tensor)
+            ]
             for target, source in zip(made, again, strict=True):
                 if any(target is leaf for leaf in fresh):
                     target.copy_(source)
@@ -177,10 +179,8 @@ def mix_pages(
 
     Looks at every position that the page table has room for, so that nothing depends on a value.
     """
-    rows, table_pages = page_table.shape
-    page_tokens = latents.shape[1]
     keys = latents[page_table.long()].flatten(1, 2).float()  # (rows, positions, latent_dim)
-    positions = torch.arange(table_pages * page_tokens)
+    positions = torch.arange(keys.shape[1])
     seen = positions[None] < lengths[:, None]
     # Memory that nobody wrote may hold anything, NaN too.
     keys = torch.where(seen[..., None], keys, 0.0)

@@ -1,4 +1,4 @@
-"""A recorded step of decoding computes what a step run as it is computes, whatever its inputs are."""
+"""A recorded step of decoding computes what one run as it is computes, whatever its inputs are."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from hybridk2.device import CpuDevice
 from hybridk2.errors import EngineError
 from hybridk2.experts.host import HostExperts
 from hybridk2.experts.loading import load_experts
+from hybridk2.experts.router import AsyncRouter
 from hybridk2.kv_cache import PAGE_TOKENS, CacheSequence, PagedLatentCache
 from hybridk2.model.k2 import K2Model
 from hybridk2.model.loading import load_model
+from hybridk2.model.moe import RoutedExperts
 from tests.recorded_device import EnqueuedRouter, RecordedDevice, mix_pages
 
 CACHE_TOKENS = 32 * PAGE_TOKENS
@@ -55,7 +57,7 @@ class Side:
 class Pair:
     """The same weights twice: recorded steps, and steps on the host as they are."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, deferred: int = 0) -> None:
         self.device = RecordedDevice()
         with Checkpoint.open(folder) as checkpoint:
             config = checkpoint.config
@@ -74,10 +76,16 @@ class Pair:
                 self.experts,
                 self.device,
                 torch.float32,
-                router=self.router,
+                routed=RoutedExperts(self.router, deferred=deferred),
                 paged_mix=mix,
             )
-            plain = load_model(checkpoint, self.experts, CpuDevice(), torch.float32)
+            plain = load_model(
+                checkpoint,
+                self.experts,
+                CpuDevice(),
+                torch.float32,
+                routed=RoutedExperts(AsyncRouter(self.experts, CpuDevice()), deferred=deferred),
+            )
         self.config = config
         self.recorded = Side(recorded, self._cache(self.device))
         self.plain = Side(plain, self._cache(CpuDevice()))
@@ -94,18 +102,8 @@ class Pair:
 
 
 @pytest.fixture
-def pair(small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
+def pair(small_checkpoint: Path) -> Iterator[Pair]:
     made = Pair(small_checkpoint)
-    # A prompt's chunk is no recorded step; its experts are asked for the same way.
-    forward = made.recorded.model.forward
-
-    def a_step(*args: object, **options: object) -> Tensor:
-        made.router.begin_step()
-        hidden = forward(*args, **options)  # type: ignore[arg-type]
-        made.router.end_step()
-        return hidden
-
-    monkeypatch.setattr(made.recorded.model, "forward", a_step)
     yield made
     made.experts.close()
 
@@ -133,6 +131,17 @@ def test_replays_follow_other_tokens_lengths_pages_and_numbers_of_sequences(pair
     assert pair.device.recorded == 4, "one for each of 1, 2, 4 and 8 rows"
     assert pair.device.replayed == 40 - 4, "all but the first of each"
     assert pair.recorded.model.experts_read == pair.plain.model.experts_read
+
+
+def test_deferred_experts_are_recorded_as_well(small_checkpoint: Path) -> None:
+    pair = Pair(small_checkpoint, deferred=1)
+    prompt = pair.ids(40, 7)
+    mine, theirs = pair.recorded.read(prompt), pair.plain.read(prompt)
+    for token in range(6):
+        found = pair.recorded.decode([token], [mine])
+        assert_close(found, pair.plain.decode([token], [theirs]), f"token {token}")
+    assert pair.device.replayed == 5
+    pair.experts.close()
 
 
 def test_a_recorded_step_tells_the_picks_of_its_tokens_alone(pair: Pair) -> None:

@@ -37,6 +37,7 @@ from hybridk2.kv_cache import PagedLatentCache
 from hybridk2.model.decode_batch import DecodeBatch
 from hybridk2.model.k2 import DecoderLayer, K2Model
 from hybridk2.model.layers import RotaryTable
+from hybridk2.model.moe import RoutedExperts
 
 # (what is being measured, rounds done, rounds in all)
 OnProgress = Callable[[str, int, int], None]
@@ -220,16 +221,16 @@ class _Layers:
         )
         self._load_experts()
         layout = Layout(config)
-        router = AsyncRouter(self.experts, device)
+        routed = RoutedExperts(AsyncRouter(self.experts, device))
         self._layers = [
             DecoderLayer(
-                config, self._weights(layout, layer), layer, router, device, torch.bfloat16
+                config, self._weights(layout, layer), layer, routed, device, torch.bfloat16
             )
             for layer in range(2)
         ]
         head, norm = self._tensor(layout.lm_head()), self._tensor(layout.final_norm())
         self._model = K2Model(
-            config, head, self._layers, norm, head, device, torch.bfloat16, router
+            config, head, self._layers, norm, head, device, torch.bfloat16, routed
         )
         self._rotary = RotaryTable(config, device)
         self._batches = {past: self._batch(past) for past in (_SHORT_PAST, _LONG_PAST)}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hybridk2.config import K2Config
 from hybridk2.device import Device
+from hybridk2.experts.router import PendingExperts
 from hybridk2.kv_cache import CacheSequence, PagedLatentCache
 
 
@@ -37,6 +38,7 @@ class DecodeBatch:
     included; 0 in padding. in_use: (rows, 1) bool. page_table: (rows, pages) int32, each
     sequence's pages in order. write_rows: (rows,) int64, where the cache takes the new latents.
     picks: (MoE layers, rows, top_k) int32, the experts that a step picked, filled by the step.
+    deferred: while a step is enqueued, what a layer left to the next one; then None.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class DecodeBatch:
         self.rows = rows
         self.cache = cache
         self.sequences: tuple[CacheSequence, ...] = ()
+        self.deferred: PendingExperts | None = None
         self._device = device
         self._hidden = _Input(device, (rows, config.hidden_size), dtype)
         self._positions = _Input(device, (rows,), torch.int32)
@@ -75,6 +78,7 @@ class DecodeBatch:
         tokens = len(sequences)
         assert tokens == embedded.shape[0] <= self.rows, f"{tokens} tokens, {self.rows} rows"
         self.sequences = tuple(sequences)
+        self.deferred = None
         self._hidden.host[:tokens] = embedded
         self._hidden.host[tokens:] = 0
         lengths = [sequence.length for sequence in sequences]

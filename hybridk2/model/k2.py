@@ -15,14 +15,13 @@ from torch import Tensor
 from hybridk2.checkpoint import LayerWeights
 from hybridk2.config import K2Config
 from hybridk2.device import Device
-from hybridk2.experts.router import AsyncRouter
 from hybridk2.kv_cache import CacheSequence, PagedLatentCache
 from hybridk2.model.attention import LatentAttention, PagedMix
 from hybridk2.model.decode_batch import DecodeBatch
 from hybridk2.model.decoding import DecodeSteps
 from hybridk2.model.layers import DECODE_ROWS, RotaryTable, place_mlp, rms_norm, swiglu
-from hybridk2.model.moe import MixtureOfExperts
-from hybridk2.timeline import Timeline
+from hybridk2.model.moe import MixtureOfExperts, RoutedExperts
+from hybridk2.timeline import Phase, Timeline
 
 # Rows of lm_head that are widened to fp32 at a time. 4 MB stays in cache; blocks of 30 MB and more
 # went through DRAM and took four times as long on a 7168 x 18432 matrix (2 Zen 4 cores).
@@ -37,7 +36,7 @@ class DecoderLayer:
         config: K2Config,
         weights: LayerWeights,
         layer: int,
-        experts: AsyncRouter | None,
+        experts: RoutedExperts | None,
         device: Device,
         dtype: torch.dtype,
         paged_mix: PagedMix | None = None,
@@ -77,7 +76,10 @@ class DecoderLayer:
         """hidden: (tokens, hidden). See LatentAttention.forward for the rest."""
         x = self.attention_input(hidden)
         hidden = hidden + self.attention.forward(x, cos, sin, sequence, absorbed)
-        return self._add_feed_forward(hidden, None, timeline)
+        self._mark(timeline, "attention")
+        hidden = hidden + self.feed_forward(self.feed_forward_input(hidden), timeline)
+        self._mark(timeline, "dense MLP" if self.moe is None else "adding")
+        return hidden
 
     def decode(
         self,
@@ -90,17 +92,18 @@ class DecoderLayer:
         """hidden: (rows, hidden), one token of each of the batch's sequences, then padding."""
         x = self.attention_input(hidden)
         hidden = hidden + self.attention.decode(x, cos, sin, batch)
-        return self._add_feed_forward(hidden, batch, timeline)
-
-    def _add_feed_forward(
-        self, hidden: Tensor, batch: DecodeBatch | None, timeline: Timeline | None
-    ) -> Tensor:
-        if timeline is not None:
-            timeline.mark("attention", self._layer)
-        hidden = hidden + self.feed_forward(self.feed_forward_input(hidden), batch, timeline)
-        if timeline is not None:
-            timeline.mark("dense MLP" if self.moe is None else "adding", self._layer)
+        self._mark(timeline, "attention")
+        x = self.feed_forward_input(hidden)
+        if self.moe is None:
+            hidden = hidden + swiglu(x, self._mlp)
+        else:
+            hidden = hidden + self.moe.decode(x, batch, timeline)
+        self._mark(timeline, "dense MLP" if self.moe is None else "adding")
         return hidden
+
+    def _mark(self, timeline: Timeline | None, phase: Phase) -> None:
+        if timeline is not None:
+            timeline.mark(phase, self._layer)
 
     def attention_input(self, hidden: Tensor) -> Tensor:
         return rms_norm(hidden, self._input_norm, self._eps)
@@ -108,13 +111,11 @@ class DecoderLayer:
     def feed_forward_input(self, hidden: Tensor) -> Tensor:
         return rms_norm(hidden, self._post_attention_norm, self._eps)
 
-    def feed_forward(
-        self, x: Tensor, batch: DecodeBatch | None = None, timeline: Timeline | None = None
-    ) -> Tensor:
-        """x: (rows, hidden), normed. See MixtureOfExperts.forward for the rest."""
+    def feed_forward(self, x: Tensor, timeline: Timeline | None = None) -> Tensor:
+        """x: (tokens, hidden), normed. See MixtureOfExperts.forward for the rest."""
         if self.moe is None:
             return swiglu(x, self._mlp)
-        return self.moe.forward(x, batch, timeline)
+        return self.moe.forward(x, timeline)
 
 
 class K2Model:
@@ -132,16 +133,16 @@ class K2Model:
         lm_head: Tensor,
         device: Device,
         dtype: torch.dtype,
-        router: AsyncRouter,
+        experts: RoutedExperts,
     ) -> None:
         """embedding, lm_head: (vocab, hidden) bf16, kept as they are, the embedding on the host.
-        dtype: of activations. router: of the layers, told where each step begins and ends."""
+        dtype: of activations. experts: the layers', told where each step begins and ends."""
         self.config = config
         self.layers = layers
         self.timeline: Timeline | None = None
         self._device = device
         self._dtype = dtype
-        self._router = router
+        self._experts = experts
         self._decode_steps: DecodeSteps | None = None
         self._embedding = embedding
         self._final_norm = device.place(final_norm.to(dtype))
@@ -167,8 +168,16 @@ class K2Model:
         cos, sin = self._rotary(self._device.place(positions))
         if timeline is not None:
             timeline.mark("embedding")
-        for layer in self.layers:
-            hidden = layer.forward(hidden, cos, sin, sequence, absorbed, timeline)
+        router = self._experts.of_prompts
+        try:
+            router.begin_step()
+            for layer in self.layers:
+                hidden = layer.forward(hidden, cos, sin, sequence, absorbed, timeline)
+            self._device.wait()
+            router.end_step()
+        except BaseException:
+            router.reset()
+            raise
         sequence.advance(token_ids.tolist())
         return hidden
 
@@ -209,7 +218,7 @@ class K2Model:
         """Steps are bound to the memory of one cache; an engine has but one."""
         if self._decode_steps is None or self._decode_steps.cache is not cache:
             self._decode_steps = DecodeSteps(
-                self.config, self._compute, self._router, cache, self._device, self._dtype
+                self.config, self._compute, self._experts.decoding, cache, self._device, self._dtype
             )
         return self._decode_steps
 
@@ -228,6 +237,11 @@ class K2Model:
     def experts_read(self) -> int:
         """How many routed experts all calls so far read, layer by layer."""
         return sum(layer.moe.experts_read for layer in self.layers if layer.moe is not None)
+
+    @property
+    def host_experts_read(self) -> int:
+        """Of those, how many did not live on the device."""
+        return sum(layer.moe.host_experts_read for layer in self.layers if layer.moe is not None)
 
     def watch_routing(self, on_decode: Callable[[int, Tensor], None] | None) -> None:
         """Have every later step of decoding tell which experts it picks; None ends that.

@@ -17,6 +17,7 @@ from hybridk2.experts.host import HostExperts
 from hybridk2.experts.router import AsyncRouter
 from hybridk2.model.attention import PagedMix
 from hybridk2.model.k2 import DecoderLayer, K2Model
+from hybridk2.model.moe import RoutedExperts
 
 # Dense bytes per layer from which more than one thread shares an operator.
 _SHARED_LAYER_BYTES = 4 << 20
@@ -48,18 +49,17 @@ def load_model(
     dtype: torch.dtype,
     on_progress: Callable[[LoadProgress], None] | None = None,
     *,
-    router: AsyncRouter | None = None,
+    routed: RoutedExperts | None = None,
     paged_mix: PagedMix | None = None,
 ) -> K2Model:
     """Read the dense weights layer by layer and put the model together around loaded experts.
 
-    router: over these experts; None for one that suits every device. paged_mix: see
-    LatentAttention.
+    routed: over these experts; None for what suits every device. paged_mix: see LatentAttention.
 
     Raises CheckpointError with the name of a tensor that cannot be read.
     """
     config = checkpoint.config
-    router = router or AsyncRouter(experts, device)
+    routed = routed or RoutedExperts(AsyncRouter(experts, device))
     started = time.perf_counter()
     layer_bytes = checkpoint.dense_bytes // (config.num_hidden_layers + 1)
 
@@ -71,7 +71,7 @@ def load_model(
     layers = []
     for index in range(config.num_hidden_layers):
         weights = checkpoint.layer(index)
-        layers.append(DecoderLayer(config, weights, index, router, device, dtype, paged_mix))
+        layers.append(DecoderLayer(config, weights, index, routed, device, dtype, paged_mix))
         report((index + 1) * layer_bytes)
     model = K2Model(
         config,
@@ -81,7 +81,7 @@ def load_model(
         checkpoint.lm_head(),
         device,
         dtype,
-        router,
+        routed,
     )
     report(checkpoint.dense_bytes)
     return model
