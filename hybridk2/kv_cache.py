@@ -74,12 +74,13 @@ class PagedLatentCache:
         num_pages = _pages_for(capacity_tokens)
         self.capacity_tokens = num_pages * PAGE_TOKENS
         self.chunk_tokens = chunk_tokens
-        # Not initialised: a page costs memory from its first use on.
+        # Not initialised: a page costs memory from its first use on. The last one is nobody's.
         self._latents = torch.empty(
-            (config.num_hidden_layers, num_pages, PAGE_TOKENS, config.latent_dim),
+            (config.num_hidden_layers, num_pages + 1, PAGE_TOKENS, config.latent_dim),
             dtype=dtype,
             device=device.torch_device,
         )
+        self.num_pages = num_pages
         self._pages = [_Page() for _ in range(num_pages)]
         self._free = list(range(num_pages - 1, -1, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()  # known, held by nobody, oldest first
@@ -89,8 +90,25 @@ class PagedLatentCache:
     @staticmethod
     def bytes_for(config: K2Config, capacity_tokens: int, dtype: torch.dtype) -> int:
         """What a cache of that capacity takes once all of it is in use."""
-        tokens = _pages_for(capacity_tokens) * PAGE_TOKENS
+        tokens = (_pages_for(capacity_tokens) + 1) * PAGE_TOKENS
         return config.num_hidden_layers * tokens * config.latent_dim * dtype.itemsize
+
+    @property
+    def nobodys_row(self) -> int:
+        """Where `write_rows` puts what is to be forgotten."""
+        return self.num_pages * PAGE_TOKENS
+
+    def latents(self, layer: int) -> Tensor:
+        """One layer's memory: (pages, PAGE_TOKENS, latent_dim), by the ids that sequences have."""
+        return self._latents[layer]
+
+    def write_rows(self, layer: int, rows: Tensor, latents: Tensor) -> None:
+        """Store one layer's latents of single tokens, by indices alone.
+
+        rows: (tokens,) int64 on the device, CacheSequence.next_row of each token's sequence.
+        latents: (tokens, latent_dim).
+        """
+        self._latents[layer].flatten(0, 1).index_copy_(0, rows, latents)
 
     @property
     def available_tokens(self) -> int:
@@ -243,6 +261,21 @@ class CacheSequence:
     def held_tokens(self) -> int:
         """Tokens that its pages have room for, the present ones included."""
         return len(self._pages) * PAGE_TOKENS
+
+    @property
+    def cache(self) -> PagedLatentCache:
+        return self._cache
+
+    @property
+    def page_ids(self) -> Sequence[int]:
+        """Its pages in order. Until it is closed they are only ever added to."""
+        return self._pages
+
+    @property
+    def next_row(self) -> int:
+        """Where the next token's latents belong, for which there is room: a row of all pages."""
+        page, row = divmod(self.length, PAGE_TOKENS)
+        return self._pages[page] * PAGE_TOKENS + row
 
     def reserve(self, tokens: int) -> None:
         """Make room for that many tokens after the present ones. Raises EngineError when full."""
