@@ -164,7 +164,9 @@ def select_device(name: DeviceName) -> Device:
         return CudaDevice()
     if name == "cuda":
         raise ConfigError(f"device cuda: {obstacle}, or use --device cpu")
-    logger.info("no card is used: %s", obstacle)
+    # Whoever installed a torch for the CPU knows that; whoever did not may wonder.
+    level = logging.WARNING if torch.backends.cuda.is_built() else logging.DEBUG
+    logger.log(level, "no card is used: %s", obstacle)
     return CpuDevice()
 
 

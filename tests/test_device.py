@@ -61,10 +61,11 @@ def test_where_no_card_can_be_used_auto_takes_the_host_and_says_why(
     message: str,
 ) -> None:
     card.setattr(owner, name, instead)
-    with caplog.at_level("INFO", "hybridk2.device"):
+    with caplog.at_level("DEBUG", "hybridk2.device"):
         assert isinstance(select_device("auto"), CpuDevice)
     (record,) = caplog.records
     assert "no card is used" in record.getMessage()
+    assert record.levelname == ("DEBUG" if name == "is_built" else "WARNING")
 
 
 def test_a_card_that_can_be_used_is_taken_unless_the_host_is_asked_for(
