@@ -20,7 +20,7 @@ from hybridk2.errors import ConfigError
 from hybridk2.experts.host import HostExperts, reserved_page_bytes, usable_cores
 from hybridk2.experts.loading import LoadProgress, check_memory, load_experts
 from hybridk2.experts.router import AsyncRouter
-from hybridk2.kv_cache import PAGE_TOKENS, PagedLatentCache
+from hybridk2.kv_cache import PAGE_TOKENS, LatentFormat, PagedLatentCache
 from hybridk2.model.k2 import K2Model
 from hybridk2.model.loading import dense_bytes, dense_threads, load_model
 from hybridk2.model.moe import RoutedExperts
@@ -102,7 +102,7 @@ def _on_the_host(
         checkpoint,
         _available_bytes(checkpoint, choices),
         dense_bytes=dense_bytes(checkpoint, dtype),
-        cache_bytes=PagedLatentCache.bytes_for(config, cache_tokens, dtype),
+        cache_bytes=LatentFormat.plain(config, dtype).bytes_for(config, cache_tokens),
     )
     experts = _host_experts(checkpoint, choices)
     try:
