@@ -97,8 +97,8 @@ class PagedLatentCache:
         dtype: torch.dtype,
         latent_format: LatentFormat | None = None,
     ) -> None:
-        """chunk_tokens: the aligned chunk that prefill computes; a multiple of PAGE_TOKENS. dtype: of
-        activations. latent_format: None keeps latents as attention makes them."""
+        """chunk_tokens: the aligned chunk that prefill computes; a multiple of PAGE_TOKENS. dtype:
+        of activations. latent_format: None keeps latents as attention makes them."""
         assert chunk_tokens % PAGE_TOKENS == 0, f"{chunk_tokens=} is not whole pages"
         latent_format = latent_format or LatentFormat.plain(config, dtype)
         num_pages = _pages_for(capacity_tokens)
