@@ -4,6 +4,7 @@ Without a graphics card the plan is that of today's engine; with one it is that 
 does not exist yet, from data sheets and stated assumptions.
 """
 
+from hybridk2.planner.card import CardLayout, lay_out_card
 from hybridk2.planner.plan import (
     GPU_RESERVED_CHUNK_TOKENS,
     Choices,
@@ -20,6 +21,7 @@ __all__ = [
     "CPU_CHUNK_TOKENS",
     "GPU_CHUNK_TOKENS",
     "GPU_RESERVED_CHUNK_TOKENS",
+    "CardLayout",
     "Choices",
     "DecodeTime",
     "ModelSizes",
@@ -27,5 +29,6 @@ __all__ = [
     "Plan",
     "PrefillTime",
     "free_gpu_bytes",
+    "lay_out_card",
     "plan",
 ]

@@ -272,7 +272,7 @@ def _for_the_card(made: Plan) -> Iterator[Nearest]:
     free = made.free_gpu_bytes or 0
     if made.choices.resident_experts and free >= 0:
         most = free // made.sizes.expert_bytes
-        yield Nearest(_CARD, "--placement", f"a placement of {most} experts at most")
+        yield Nearest(_CARD, f"--placement of {most} experts at most", "fewer experts on the card")
     wanted = made.places[0].needed_bytes
     larger = [card for card in CARDS if card.memory_bytes >= wanted]
     if larger:
