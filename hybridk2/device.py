@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +22,33 @@ logger = logging.getLogger(__name__)
 
 # bf16 products and the kernels' instructions begin with Ampere.
 _LEAST_CAPABILITY = (8, 0)
+
+
+class CopyQueue(Protocol):
+    """Copies to a device in an order of their own, beside its other work.
+
+    A mark is a point in one of the two orders, for the other to wait for. All calls but `wait` only
+    enqueue; they come from one thread.
+    """
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """target's values, on the device, become source's, which must not change before `wait` or
+        work that waits for a later mark. Both uint8, contiguous and of one size."""
+
+    def mark_copies(self) -> Any:
+        """The point at which all copies so far have been done."""
+
+    def mark_work(self) -> Any:
+        """The point at which all other work so far has been done."""
+
+    def work_waits(self, mark: Any) -> None:
+        """Other work that is given from now on begins after `mark`, of copies."""
+
+    def copies_wait(self, mark: Any) -> None:
+        """Copies that are given from now on begin after `mark`, of other work."""
+
+    def wait(self) -> None:
+        """Return once all copies have been done."""
 
 
 class Device(Protocol):
@@ -72,6 +100,13 @@ class Device(Protocol):
     def memory_bytes(self) -> tuple[int, int] | None:
         """Free and all bytes of the device's own memory; None where that is the host's."""
 
+    def copy_queue(self) -> CopyQueue:
+        """A new queue for copies to this device."""
+
+    def short_products(self) -> AbstractContextManager[None]:
+        """Meanwhile products of fp32 matrices take factors of up to 11 significant bits, exactly,
+        where that is faster; longer ones are rounded to them. Sums stay fp32."""
+
 
 class CpuDevice:
     """The host itself: tensors cross without a copy, and work is done when a call returns."""
@@ -106,6 +141,34 @@ class CpuDevice:
         return 0
 
     def memory_bytes(self) -> tuple[int, int] | None:
+        return None
+
+    def copy_queue(self) -> CopyQueue:
+        return InlineCopyQueue()
+
+    def short_products(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class InlineCopyQueue:
+    """Copies that are done when the call returns, so that nobody has to wait for them."""
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source)
+
+    def mark_copies(self) -> None:
+        return None
+
+    def mark_work(self) -> None:
+        return None
+
+    def work_waits(self, mark: None) -> None:
+        return None
+
+    def copies_wait(self, mark: None) -> None:
+        return None
+
+    def wait(self) -> None:
         return None
 
 
@@ -154,6 +217,46 @@ class CudaDevice:
 
     def memory_bytes(self) -> tuple[int, int] | None:
         return torch.cuda.mem_get_info(self.torch_device)
+
+    def copy_queue(self) -> CopyQueue:
+        return CudaCopyQueue(self.torch_device)
+
+    @contextmanager
+    def short_products(self) -> Iterator[None]:
+        # "high" is TF32 on cards: 8 bits of exponent as fp32 has, and 11 significant bits.
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+class CudaCopyQueue:
+    """Copies on a stream of their own. They run beside kernels if their sources are pinned."""
+
+    def __init__(self, torch_device: torch.device) -> None:
+        self._torch_device = torch_device
+        self._stream = torch.cuda.Stream(torch_device)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+
+    def mark_copies(self) -> torch.cuda.Event:
+        return self._stream.record_event()
+
+    def mark_work(self) -> torch.cuda.Event:
+        return torch.cuda.current_stream(self._torch_device).record_event()
+
+    def work_waits(self, mark: torch.cuda.Event) -> None:
+        torch.cuda.current_stream(self._torch_device).wait_event(mark)
+
+    def copies_wait(self, mark: torch.cuda.Event) -> None:
+        self._stream.wait_event(mark)
+
+    def wait(self) -> None:
+        self._stream.synchronize()
 
 
 def select_device(name: DeviceName) -> Device:
