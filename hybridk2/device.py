@@ -59,13 +59,15 @@ class Device(Protocol):
 
     name: for a person. decode_rows: numbers of rows that a step of decoding may have, ascending.
     has_kernels: Triton's run here; where they do not, attention and experts are computed with torch
-    and on the host. replays_steps: `record` is worth its while.
+    and on the host. multiprocessors: what kernels divide their work among. replays_steps: `record`
+    is worth its while.
     """
 
     name: str
     torch_device: torch.device
     decode_rows: tuple[int, ...]
     has_kernels: bool
+    multiprocessors: int
     replays_steps: bool
 
     def place(self, tensor: Tensor) -> Tensor:
@@ -114,6 +116,7 @@ class CpuDevice:
     # torch compiles a product for each number of rows, so there are few: alone, or in company.
     decode_rows: tuple[int, ...] = (1, 8)
     has_kernels = False
+    multiprocessors = 1
     replays_steps = False
 
     def place(self, tensor: Tensor) -> Tensor:
@@ -180,6 +183,7 @@ class CudaDevice:
     def __init__(self, index: int = 0) -> None:
         self.torch_device = torch.device("cuda", index)
         self.name = f"cuda ({torch.cuda.get_device_name(index)})"
+        self.multiprocessors: int = torch.cuda.get_device_properties(index).multi_processor_count
         # Recorded steps are replayed one at a time, so they share the memory of what is between.
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -267,7 +271,9 @@ def select_device(name: DeviceName) -> Device:
         return CudaDevice()
     if name == "cuda":
         raise ConfigError(f"device cuda: {obstacle}, or use --device cpu")
-    logger.info("no card is used: %s", obstacle)
+    # Whoever installed a torch for the CPU knows that; whoever did not may wonder.
+    level = logging.WARNING if torch.backends.cuda.is_built() else logging.DEBUG
+    logger.log(level, "no card is used: %s", obstacle)
     return CpuDevice()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a card")
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
     return monkeypatch
@@ -61,10 +64,11 @@ def test_where_no_card_can_be_used_auto_takes_the_host_and_says_why(
     message: str,
 ) -> None:
     card.setattr(owner, name, instead)
-    with caplog.at_level("INFO", "hybridk2.device"):
+    with caplog.at_level("DEBUG", "hybridk2.device"):
         assert isinstance(select_device("auto"), CpuDevice)
     (record,) = caplog.records
     assert "no card is used" in record.getMessage()
+    assert record.levelname == ("DEBUG" if name == "is_built" else "WARNING")
 
 
 def test_a_card_that_can_be_used_is_taken_unless_the_host_is_asked_for(
@@ -73,4 +77,5 @@ def test_a_card_that_can_be_used_is_taken_unless_the_host_is_asked_for(
     for name in ("auto", "cuda"):
         device = select_device(name)  # type: ignore[arg-type]
         assert (device.name, device.torch_device.type) == ("cuda (a card)", "cuda")
+        assert device.multiprocessors == 132
     assert select_device("cpu").name == "cpu"

@@ -63,7 +63,9 @@ class TopKRouter:
     def __init__(self, config: K2Config, weights: RouterWeights, device: Device) -> None:
         self._top_k = config.num_experts_per_tok
         self._scaling_factor = config.routed_scaling_factor
-        self._weight = device.place(weights.weight.float())
+        weight = device.place(weights.weight)
+        # A card multiplies bf16 with fp32 sums; torch has no such product for the host.
+        self._weight = weight.float() if weight.is_cpu else weight
         self._bias = device.place(weights.bias)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +75,11 @@ class TopKRouter:
         recovered by subtraction, which cancels. A NaN score counts as the lowest, so the ids are
         always in range; the NaN itself stays in that token's weights.
         """
-        scores = F.linear(x.float(), self._weight).sigmoid()
+        if self._weight.is_cpu:
+            logits = F.linear(x.float(), self._weight)
+        else:
+            logits = torch.mm(x, self._weight.T, out_dtype=torch.float32)
+        scores = logits.sigmoid()
         choice = torch.nan_to_num(scores + self._bias, nan=float("-inf"))
         expert_ids = choice.topk(self._top_k, dim=-1).indices
         weights = scores.gather(-1, expert_ids)
@@ -83,7 +89,7 @@ class TopKRouter:
     def identifying_values(self) -> tuple[Tensor, Tensor]:
         """The bias (experts,) and the first expert's row (hidden,), fp32: no two models share
         them, and unlike the whole matrix they are hashed in no time."""
-        return self._bias, self._weight[0]
+        return self._bias, self._weight[0].float()
 
 
 class MixtureOfExperts:
