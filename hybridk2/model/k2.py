@@ -5,14 +5,13 @@ Knows tensors and the cache, not where weights come from on disk, requests, samp
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridk2.checkpoint import LayerWeights
+from hybridk2.checkpoint import LayerWeights, routing_fingerprint
 from hybridk2.config import K2Config
 from hybridk2.device import Device
 from hybridk2.kv_cache import CacheSequence, PagedLatentCache
@@ -254,16 +253,10 @@ class K2Model:
                 layer.moe.on_decode = on_decode
 
     def routing_fingerprint(self) -> str:
-        """SHA-256, in hexadecimal, of what tells one model's routing from another's: dimensions,
-        every router's bias, and its weights of the first expert."""
-        config = self.config
-        shape = (config.num_moe_layers, config.n_routed_experts, config.num_experts_per_tok)
-        digest = hashlib.sha256(repr(shape).encode())
-        for layer in self.layers:
-            if layer.moe is not None:
-                for values in layer.moe.router.identifying_values():
-                    digest.update(values.cpu().numpy().tobytes())
-        return digest.hexdigest()
+        """What tells this model's routing from another's: `checkpoint.routing_fingerprint`."""
+        blocks = [layer.moe for layer in self.layers if layer.moe is not None]
+        values = (block.router.identifying_values() for block in blocks)
+        return routing_fingerprint(self.config, values)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: (tokens, hidden) after the last layer. Returns (tokens, vocab) fp32 logits."""

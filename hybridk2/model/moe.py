@@ -87,8 +87,7 @@ class TopKRouter:
         return expert_ids.int(), weights
 
     def identifying_values(self) -> tuple[Tensor, Tensor]:
-        """The bias (experts,) and the first expert's row (hidden,), fp32: no two models share
-        them, and unlike the whole matrix they are hashed in no time."""
+        """The bias (experts,) and the first expert's row (hidden,), fp32: for fingerprints."""
         return self._bias, self._weight[0].float()
 
 
