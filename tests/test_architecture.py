@@ -26,6 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("checkpoint", "tokenizer", "sampling", "hardware", "device"),
     ("chat", "placement", "routing_trace", "prefill_split"),
+    ("placement_changes",),
     ("planner",),
     ("experts", "kv_cache", "scheduler", "engine_stats"),
     ("model", "request"),
