@@ -23,6 +23,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 
+
 def mend_interpreter() -> None:
     """Make the interpreter's conversions between fp32 and bf16 and its products of bf16 right."""
     from triton.language import bfloat16, float32
@@ -74,4 +75,3 @@ def mend_interpreter() -> None:
 
 if INTERPRETED:
     mend_interpreter()
-

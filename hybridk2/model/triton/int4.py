@@ -303,14 +303,21 @@ def _widen(
     there = (lines < BLOCKS * 8)[None, :]
     block, line = lines // 8, lines % 8
     word = tl.load(
-        words + strip * (BLOCKS * 288) + panel * 144 + (block * 288 + line * 16)[None, :]
+        words
+        + strip * (BLOCKS * 288)
+        + panel * 144
+        + (block * 288 + line * 16)[None, :]
         + rows[:, None],
         mask=there,
         other=0,
     ).to(tl.uint32, bitcast=True)
     scale = tl.load(
-        scales + strip * (BLOCKS * 576) + panel * 288 + 256
-        + (block * 576 + line // 4 * 16)[None, :] + rows[:, None],
+        scales
+        + strip * (BLOCKS * 576)
+        + panel * 288
+        + 256
+        + (block * 576 + line // 4 * 16)[None, :]
+        + rows[:, None],
         mask=there,
         other=0.0,
     ).to(tl.float32)
