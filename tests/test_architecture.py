@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors", "durable_file", "timeline"),
     ("config",),
     ("checkpoint", "tokenizer", "sampling", "hardware", "device"),
-    ("chat", "placement", "routing_trace"),
+    ("chat", "placement", "routing_trace", "prefill_split"),
     ("planner",),
     ("experts", "kv_cache", "scheduler", "engine_stats"),
     ("model", "request"),
