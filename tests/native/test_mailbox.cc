@@ -438,7 +438,8 @@ const CudaDriver kTable{
     &launch,
     [](CudaStreamHandle, CudaHostFunction function, void* data) { return function(data), 0; },
     [](void** memory, size_t bytes, unsigned) {
-      return *memory = std::aligned_alloc(kMailboxLineBytes, bytes), refusal;
+      if (refusal == 0) *memory = std::aligned_alloc(kMailboxLineBytes, bytes);
+      return refusal;
     },
     [](void* memory) { return std::free(memory), 0; },
     [](void*, size_t, unsigned) { return 0; },
