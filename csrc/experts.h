@@ -23,10 +23,11 @@ namespace hybridk2 {
 class Experts {
  public:
   // isa: "" for HYBRIDK2_ISA or the fastest. threads: 0 for one per usable core. nodes: each holds
-  // and computes a slice of every expert. Throws std::invalid_argument, ConfigurationError,
+  // and computes a slice of every expert. elsewhere: for each expert of each layer, whether another
+  // place keeps and computes it; empty: none is. Throws std::invalid_argument, ConfigurationError,
   // OutOfMemoryError.
   Experts(const ExpertsShape& shape, const std::string& isa, int threads, bool huge_pages,
-          const std::vector<Node>& nodes = usable_nodes());
+          const std::vector<Node>& nodes = usable_nodes(), const std::vector<bool>& elsewhere = {});
 
   const ExpertsShape& shape() const { return weights_.shape(); }
   const char* isa() const { return kernels_.isa; }
@@ -44,6 +45,10 @@ class Experts {
   // Repacks one expert: on one node the calling thread does it, on several the workers, each a part
   // of what its node will read. Any thread, different experts at the same time; each expert once.
   void load(int64_t layer, int64_t expert, const ExpertMatrices& matrices);
+
+  const ExpertsShape& shape() const { return weights_.shape(); }
+  // Where a loaded expert lies, as long as this object lives.
+  std::vector<ExpertRegion> regions(int64_t layer, int64_t expert) const;
 
   // The weights as the panels hold them, dequantised: gate and up (intermediate, hidden), down
   // (hidden, intermediate).
@@ -70,6 +75,7 @@ class Experts {
  private:
   void check_process() const;
   void check_location(int64_t layer, int64_t expert) const;
+  void check_loaded(int64_t layer, int64_t expert) const;
   void check_call(const LayerCall& call) const;
   void try_gigabyte_pages();
   void pack_on_nodes(int64_t layer, int64_t expert, const ExpertMatrices& matrices);

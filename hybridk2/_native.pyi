@@ -25,6 +25,7 @@ class Experts:
         threads: int,
         huge_pages: bool,
         simulated_nodes: int,
+        elsewhere: list[bool],
     ) -> None: ...
     @property
     def isa(self) -> str: ...
@@ -40,6 +41,8 @@ class Experts:
     def troubles(self) -> list[str]: ...
     @property
     def weight_bytes(self) -> int: ...
+    @property
+    def expert_bytes(self) -> int: ...
     def load(
         self,
         layer: int,
@@ -49,6 +52,15 @@ class Experts:
         down: tuple[int, int],
         /,
     ) -> None: ...
+    def pack(
+        self,
+        gate: tuple[int, int],
+        up: tuple[int, int],
+        down: tuple[int, int],
+        out: int,
+        /,
+    ) -> None: ...
+    def regions(self, layer: int, expert: int, /) -> list[tuple[int, int, int]]: ...
     def dequantise(self, layer: int, expert: int, gate: int, up: int, down: int, /) -> None: ...
     def submit(
         self,

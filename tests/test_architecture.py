@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("planner",),
     ("experts", "kv_cache", "scheduler", "engine_stats"),
     ("model", "request"),
-    ("execution", "measurement"),
+    ("execution", "measurement", "engine_parts"),
     ("engine", "sessions"),
     ("assistant", "benchmark"),
     ("report",),

@@ -287,8 +287,9 @@ def test_a_fault_between_the_parts_shows_in_the_layer_output(
     small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def without_shared_expert(self: MixtureOfExperts, x: Tensor, *_: object) -> Tensor:
-        pending = self._experts.submit(self._slot, x, *self.router(x))
-        return self._experts.collect(pending).to(x.dtype)
+        router = self._experts.of_prompts
+        pending = router.submit(self.slot, x, *self.router(x))
+        return router.collect(pending).to(x.dtype)
 
     monkeypatch.setattr(MixtureOfExperts, "forward", without_shared_expert)
     with Checkpoint.open(small_checkpoint) as checkpoint:

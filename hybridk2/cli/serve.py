@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
@@ -124,6 +124,7 @@ def serve(
     threads: int | None,
     context: int | None,
     dtype: Literal["bfloat16", "float32"],
+    **card: Any,
 ) -> None:
     """Answer over HTTP, with OpenAI's and Anthropic's interfaces.
 
@@ -152,6 +153,7 @@ def serve(
         # The server itself refuses what is beyond the queue; the engine sees requests before it
         # starts them, so its own queue has to hold them all.
         max_queued=capacity,
+        **card,
     )
     settings = ServerSettings(names or (Path(model).name,), cors_origin, request_timeout)
     listening = listen(host, port)

@@ -14,6 +14,9 @@ from torch import Tensor
 from hybridk2.device import Device
 from hybridk2.experts.host import HostExperts, Ticket
 
+# An expert id that stands for one which another place computes.
+HOST_SHARE = -1
+
 
 @dataclass(frozen=True)
 class PendingExperts:
@@ -24,7 +27,12 @@ class PendingExperts:
 
 
 class AsyncRouter:
-    """Submits and collects the host's share of each MoE layer for one device."""
+    """Submits and collects the host's share of each MoE layer for one device.
+
+    records: submit and collect only enqueue work for the device, so that a step can be recorded.
+    """
+
+    records = False
 
     def __init__(self, experts: HostExperts, device: Device) -> None:
         self._experts = experts
@@ -50,3 +58,12 @@ class AsyncRouter:
         Raises EngineError with what failed in a worker.
         """
         return self._device.place(self._experts.wait(pending.ticket))
+
+    def begin_step(self) -> None:
+        """Before the first submit of a step, or before a recorded one is replayed."""
+
+    def end_step(self) -> None:
+        """After the device has done the step. Raises EngineError with what failed in it."""
+
+    def reset(self) -> None:
+        """After a step that failed: forget it, and be ready for the next."""

@@ -15,8 +15,9 @@ from hybridk2.checkpoint import MlpWeights
 from hybridk2.config import K2Config
 from hybridk2.device import Device
 
-# torch's matrix products keep a compiled kernel for every number of rows they meet, 0.5 MB each:
-# with prompts of any length the embedded model grew by 800 MB. Rows are filled up to multiples.
+# torch's matrix products on the host keep a compiled kernel for every number of rows they meet, 0.5
+# MB each: with prompts of any length the embedded model grew by 800 MB. Rows are filled up to
+# multiples.
 _ROWS = 32
 
 # Sequences that are decoded side by side share matrix products of this many rows, unused ones zero.
@@ -29,7 +30,7 @@ DECODE_ROWS = 8
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T. x: (tokens, columns), weight: (rows, columns), of one dtype; sums are fp32."""
     tokens = x.shape[0]
-    if tokens in (1, DECODE_ROWS) or tokens % _ROWS == 0:
+    if tokens in (1, DECODE_ROWS) or tokens % _ROWS == 0 or not x.is_cpu:
         return F.linear(x, weight)
     return F.linear(F.pad(x, (0, 0, 0, -tokens % _ROWS)), weight)[:tokens]
 
@@ -104,7 +105,7 @@ def place_mlp(weights: MlpWeights, device: Device, dtype: torch.dtype) -> MlpWei
 def swiglu(x: Tensor, weights: MlpWeights) -> Tensor:
     """down(silu(gate x) * (up x)): the dense layer and the shared expert. x: (tokens, hidden)."""
     gate = linear(x, weights.gate)
-    if gate.shape[0] <= DECODE_ROWS:
+    if gate.is_cpu and gate.shape[0] <= DECODE_ROWS:
         # Row by row: torch shares out more than 32,768 values among its threads and computes what
         # is left over at the end of a share by another formula, so a row's place would show.
         for row in gate:

@@ -15,7 +15,9 @@ from hybridk2.checkpoint import Checkpoint, LoadProgress
 from hybridk2.device import Device
 from hybridk2.experts.host import HostExperts
 from hybridk2.experts.router import AsyncRouter
+from hybridk2.model.attention import PagedMix
 from hybridk2.model.k2 import DecoderLayer, K2Model
+from hybridk2.model.moe import RoutedExperts
 
 # Dense bytes per layer from which more than one thread shares an operator.
 _SHARED_LAYER_BYTES = 4 << 20
@@ -46,13 +48,18 @@ def load_model(
     device: Device,
     dtype: torch.dtype,
     on_progress: Callable[[LoadProgress], None] | None = None,
+    *,
+    routed: RoutedExperts | None = None,
+    paged_mix: PagedMix | None = None,
 ) -> K2Model:
     """Read the dense weights layer by layer and put the model together around loaded experts.
+
+    routed: over these experts; None for what suits every device. paged_mix: see LatentAttention.
 
     Raises CheckpointError with the name of a tensor that cannot be read.
     """
     config = checkpoint.config
-    router = AsyncRouter(experts, device)
+    routed = routed or RoutedExperts(AsyncRouter(experts, device))
     started = time.perf_counter()
     layer_bytes = checkpoint.dense_bytes // (config.num_hidden_layers + 1)
 
@@ -64,7 +71,7 @@ def load_model(
     layers = []
     for index in range(config.num_hidden_layers):
         weights = checkpoint.layer(index)
-        layers.append(DecoderLayer(config, weights, index, router, device, dtype))
+        layers.append(DecoderLayer(config, weights, index, routed, device, dtype, paged_mix))
         report((index + 1) * layer_bytes)
     model = K2Model(
         config,
@@ -74,6 +81,7 @@ def load_model(
         checkpoint.lm_head(),
         device,
         dtype,
+        routed,
     )
     report(checkpoint.dense_bytes)
     return model

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from hybridk2.config import DenseDtype, KvDtype
 from hybridk2.hardware import CARDS, GpuProfile, MachineProfile
-from hybridk2.planner.sizes import DenseDtype, KvDtype, ModelSizes
+from hybridk2.planner.sizes import ModelSizes
 from hybridk2.planner.timing import (
     DecodeTime,
     PrefillTime,
@@ -21,8 +22,10 @@ from hybridk2.planner.timing import (
 )
 
 GIGABYTE = 1_000_000_000
-# Of a card: the CUDA context, activations of a chunk, the ring that experts stream through.
+# Of a card: the CUDA context, activations of a chunk of so many tokens, the ring that experts
+# stream through.
 GPU_RESERVE_BYTES = 1_900_000_000
+GPU_RESERVED_CHUNK_TOKENS = 2048
 # What loading and serving need beyond the weights, as experts.loading counts it.
 HOST_WORKING_BYTES = 1_000_000_000
 
@@ -33,16 +36,20 @@ _CARD, _HOST = "GPU memory", "host memory"
 
 @dataclass(frozen=True)
 class Choices:
-    """What a person may choose. The engine of today computes bf16 only; fp8 and INT8 are planned
-    for the card, and plans may ask what they would bring.
+    """What a person may choose. fp8 and INT8 are for a card.
 
     context_tokens: to make room for; speeds are those of a conversation of
-    decode_context_tokens."""
+    decode_context_tokens. resident_experts: on the card, of all layers; None for as many as fit in
+    whole layers. keep_host_copy: these lie in host memory too. chunk_tokens: of a prompt, computed
+    at a time on the card."""
 
     context_tokens: int = 32_768
     kv_dtype: KvDtype = "bf16"
     dense: DenseDtype = "bf16"
     decode_context_tokens: int = 8_192
+    resident_experts: int | None = None
+    keep_host_copy: bool = False
+    chunk_tokens: int = GPU_RESERVED_CHUNK_TOKENS
 
 
 @dataclass(frozen=True)
@@ -75,18 +82,27 @@ class Nearest:
 class Plan:
     """A model on a machine.
 
-    resident_experts_per_layer: routed experts on the card. free_gpu_bytes: of the card for them,
-    negative when not even the rest fits; None without a card. nearest: empty when it fits.
+    resident_experts: routed experts on the card, of all layers. free_gpu_bytes: of the card for
+    them, negative when not even the rest fits; None without a card. nearest: empty when it fits.
     """
 
     sizes: ModelSizes
     machine: MachineProfile
     choices: Choices
     places: tuple[Place, ...]
-    resident_experts_per_layer: int
+    resident_experts: int
     free_gpu_bytes: int | None
     decode: DecodeTime
     nearest: tuple[Nearest, ...]
+
+    @property
+    def resident_experts_per_layer(self) -> int:
+        return self.resident_experts // max(self.sizes.moe_layers, 1)
+
+    @property
+    def resident_share(self) -> float:
+        """Of all routed experts, how many are on the card."""
+        return self.resident_experts / max(self.sizes.moe_layers * self.sizes.experts_per_layer, 1)
 
     @property
     def fits(self) -> bool:
@@ -111,8 +127,9 @@ class Plan:
         gpu = self.machine.gpu
         if gpu is None:
             return cpu_prefill(self.sizes, self.machine, prompt_tokens)
-        share = self.resident_experts_per_layer / self.sizes.experts_per_layer
-        return gpu_prefill(self.sizes, self.machine, gpu, prompt_tokens, resident_share=share)
+        return gpu_prefill(
+            self.sizes, self.machine, gpu, prompt_tokens, resident_share=self.resident_share
+        )
 
     def prefill_tokens_per_second(self, prompt_tokens: int) -> float:
         return prompt_tokens / self.prefill(prompt_tokens).seconds
@@ -158,7 +175,13 @@ def plan(sizes: ModelSizes, machine: MachineProfile, choices: Choices) -> Plan:
 def free_gpu_bytes(sizes: ModelSizes, gpu: GpuProfile, choices: Choices) -> int:
     """Of the card, for routed experts; negative when not even the rest fits."""
     cache = choices.context_tokens * sizes.latent_bytes(choices.kv_dtype)
-    return gpu.memory_bytes - sizes.gpu_weight_bytes(choices.dense) - cache - GPU_RESERVE_BYTES
+    used = sizes.gpu_weight_bytes(choices.dense) + cache + _reserve_bytes(sizes, choices)
+    return gpu.memory_bytes - used
+
+
+def _reserve_bytes(sizes: ModelSizes, choices: Choices) -> int:
+    longer = max(choices.chunk_tokens - GPU_RESERVED_CHUNK_TOKENS, 0)
+    return GPU_RESERVE_BYTES + longer * sizes.prompt_token_bytes
 
 
 def _lay_out(sizes: ModelSizes, machine: MachineProfile, choices: Choices) -> Plan:
@@ -171,14 +194,18 @@ def _lay_out(sizes: ModelSizes, machine: MachineProfile, choices: Choices) -> Pl
     weights = sizes.gpu_weight_bytes(choices.dense)
     cache = choices.context_tokens * sizes.latent_bytes(choices.kv_dtype)
     free = free_gpu_bytes(sizes, gpu, choices)
-    resident = min(max(free, 0) // (sizes.moe_layers * sizes.expert_bytes), sizes.experts_per_layer)
-    resident_bytes = resident * sizes.moe_layers * sizes.expert_bytes
+    resident = choices.resident_experts
+    if resident is None:
+        layers = max(free, 0) // (sizes.moe_layers * sizes.expert_bytes)
+        resident = min(layers, sizes.experts_per_layer) * sizes.moe_layers
+    resident_bytes = resident * sizes.expert_bytes
+    on_host = sizes.routed_bytes - (0 if choices.keep_host_copy else resident_bytes)
     card = Place(
         _CARD,
         (
             ("weights but routed experts", weights),
             ("latent cache", cache),
-            ("reserve", GPU_RESERVE_BYTES),
+            ("reserve", _reserve_bytes(sizes, choices)),
             ("routed experts", resident_bytes),
         ),
         gpu.memory_bytes,
@@ -186,7 +213,7 @@ def _lay_out(sizes: ModelSizes, machine: MachineProfile, choices: Choices) -> Pl
     host = Place(
         _HOST,
         (
-            ("routed experts", sizes.routed_bytes - resident_bytes),
+            ("routed experts", on_host),
             ("embedding", sizes.embedding_bytes),
             ("to work with", HOST_WORKING_BYTES),
         ),
@@ -199,7 +226,7 @@ def _lay_out(sizes: ModelSizes, machine: MachineProfile, choices: Choices) -> Pl
         context_tokens=context,
         kv_dtype=choices.kv_dtype,
         dense=choices.dense,
-        resident_share=resident / sizes.experts_per_layer,
+        resident_share=resident / (sizes.moe_layers * sizes.experts_per_layer),
     )
     return Plan(sizes, machine, choices, (card, host), resident, free, decode, ())
 
@@ -242,6 +269,10 @@ def _for_the_card(made: Plan) -> Iterator[Nearest]:
         if context:
             yield Nearest(_CARD, f"{options} --context {context}".strip(), "a shorter context")
             break
+    free = made.free_gpu_bytes or 0
+    if made.choices.resident_experts and free >= 0:
+        most = free // made.sizes.expert_bytes
+        yield Nearest(_CARD, f"--placement of {most} experts at most", "fewer experts on the card")
     wanted = made.places[0].needed_bytes
     larger = [card for card in CARDS if card.memory_bytes >= wanted]
     if larger:
@@ -252,9 +283,8 @@ def _for_the_card(made: Plan) -> Iterator[Nearest]:
 def _card_shortfall(made: Plan, choices: Choices) -> int:
     gpu = made.machine.gpu
     assert gpu is not None
-    cache = choices.context_tokens * made.sizes.latent_bytes(choices.kv_dtype)
-    weights = made.sizes.gpu_weight_bytes(choices.dense)
-    return weights + cache + GPU_RESERVE_BYTES - gpu.memory_bytes
+    wanted = (choices.resident_experts or 0) * made.sizes.expert_bytes
+    return wanted - free_gpu_bytes(made.sizes, gpu, choices)
 
 
 def _longest_context(made: Plan, choices: Choices) -> int:

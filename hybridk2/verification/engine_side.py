@@ -16,6 +16,7 @@ from hybridk2.experts.router import AsyncRouter, PendingExperts
 from hybridk2.kv_cache import PAGE_TOKENS, CacheSequence, PagedLatentCache
 from hybridk2.model.k2 import DecoderLayer
 from hybridk2.model.layers import RotaryTable
+from hybridk2.model.moe import RoutedExperts
 
 
 class PickedExperts(AsyncRouter):
@@ -88,7 +89,8 @@ class EngineLayer:
         self._device = CpuDevice()
         self._dtype = dtype
         self._slot = layer - self._config.first_k_dense_replace
-        self.module = DecoderLayer(self._config, weights, layer, experts, self._device, dtype)
+        routed = None if experts is None else RoutedExperts(experts)
+        self.module = DecoderLayer(self._config, weights, layer, routed, self._device, dtype)
 
     def attention(self, x: Tensor, cos: Tensor, sin: Tensor, *, absorbed: bool) -> Tensor:
         """x: (tokens, hidden), normed: a prompt of its own, nothing cached before it."""
