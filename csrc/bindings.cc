@@ -14,6 +14,7 @@
 #include "arena.h"
 #include "errors.h"
 #include "experts.h"
+#include "handoff_bindings.h"
 #include "read_roof.h"
 #include "topology.h"
 
@@ -125,6 +126,7 @@ PYBIND11_MODULE(_native, module) {
       .def("submit", &submit, Release())
       .def("read_weights_seconds", &Experts::read_weights_seconds, Release())
       .def("arithmetic_roof", &arithmetic_roof, Release());
+  bind_handoff(module);
   py::list loops;
   for (int loop = 0; loop < kNumReadLoops; ++loop) loops.append(read_loop_name(loop));
   module.attr("READ_LOOPS") = py::tuple(loops);

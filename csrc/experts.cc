@@ -6,6 +6,7 @@
 #include <chrono>
 #include <stdexcept>
 #include <system_error>
+#include <utility>
 
 #include "errors.h"
 #include "read_roof.h"
@@ -201,6 +202,16 @@ void Experts::check_call(const LayerCall& call) const {
 Ticket Experts::submit(const LayerCall& call) {
   check_call(call);
   return queue_.submit([this, call] { runner_.run(call); });
+}
+
+Ticket Experts::enqueue(std::function<void()> job) {
+  check_process();
+  return queue_.submit(std::move(job));
+}
+
+void Experts::compute(const LayerCall& call) {
+  check_call(call);
+  runner_.run(call);
 }
 
 double Experts::read_weights_seconds(int loop) {

@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -28,6 +29,7 @@ class Experts {
   Experts(const ExpertsShape& shape, const std::string& isa, int threads, bool huge_pages,
           const std::vector<Node>& nodes = usable_nodes(), const std::vector<bool>& elsewhere = {});
 
+  const ExpertsShape& shape() const { return weights_.shape(); }
   const char* isa() const { return kernels_.isa; }
   int threads() const { return pool_.threads(); }
   const std::vector<int>& threads_of_node() const { return plan_.threads_of_node; }
@@ -44,7 +46,6 @@ class Experts {
   // of what its node will read. Any thread, different experts at the same time; each expert once.
   void load(int64_t layer, int64_t expert, const ExpertMatrices& matrices);
 
-  const ExpertsShape& shape() const { return weights_.shape(); }
   // Where a loaded expert lies, as long as this object lives.
   std::vector<ExpertRegion> regions(int64_t layer, int64_t expert) const;
 
@@ -55,6 +56,11 @@ class Experts {
   // Checks the call and starts it. out[t] = sum over t's experts, in ascending id, of
   // weight * down(silu(gate x) * up x).
   Ticket submit(const LayerCall& call);
+
+  // For those who bring calls from elsewhere than a caller: a job for the queue's thread, and, only
+  // within such a job, a call that is checked and computed there. What either throws is the job's.
+  Ticket enqueue(std::function<void()> job);
+  void compute(const LayerCall& call);
 
   // Reads all weights once with every thread, by read loop `loop` (read_roof.h), and returns the
   // seconds it took: what a decode step could reach at best.

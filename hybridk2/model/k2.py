@@ -18,8 +18,17 @@ from hybridk2.kv_cache import CacheSequence, PagedLatentCache
 from hybridk2.model.attention import LatentAttention, PagedMix
 from hybridk2.model.decode_batch import DecodeBatch
 from hybridk2.model.decoding import DecodeSteps
-from hybridk2.model.layers import DECODE_ROWS, RotaryTable, place_mlp, rms_norm, swiglu
+from hybridk2.model.layers import (
+    DECODE_ROWS,
+    RotaryTable,
+    exact_product,
+    place_matrix,
+    place_mlp,
+    rms_norm,
+    swiglu,
+)
 from hybridk2.model.moe import MixtureOfExperts, RoutedExperts
+from hybridk2.model.triton.int8 import Int8Linear
 from hybridk2.timeline import Phase, Timeline
 
 # Rows of lm_head that are widened to fp32 at a time. 4 MB stays in cache; blocks of 30 MB and more
@@ -39,16 +48,20 @@ class DecoderLayer:
         device: Device,
         dtype: torch.dtype,
         paged_mix: PagedMix | None = None,
+        int8: bool = False,
     ) -> None:
-        """experts: needed by MoE layers, None for dense ones. paged_mix: see LatentAttention."""
+        """experts: needed by MoE layers, None for dense ones. int8: the form of matrices but
+        kv_b's and the router's. paged_mix: see LatentAttention."""
         self._layer = layer
         self._eps = config.rms_norm_eps
         self._input_norm = device.place(weights.input_norm.to(dtype))
         self._post_attention_norm = device.place(weights.post_attention_norm.to(dtype))
-        self.attention = LatentAttention(config, weights.attention, layer, device, dtype, paged_mix)
+        self.attention = LatentAttention(
+            config, weights.attention, layer, device, dtype, paged_mix, int8
+        )
         self.moe: MixtureOfExperts | None = None
         if weights.mlp is not None:
-            self._mlp = place_mlp(weights.mlp, device, dtype)
+            self._mlp = place_mlp(weights.mlp, device, dtype, int8)
         else:
             assert weights.router is not None
             assert weights.shared is not None
@@ -61,6 +74,7 @@ class DecoderLayer:
                 experts,
                 device,
                 dtype,
+                int8,
             )
 
     def forward(
@@ -133,9 +147,11 @@ class K2Model:
         device: Device,
         dtype: torch.dtype,
         experts: RoutedExperts,
+        int8: bool = False,
     ) -> None:
         """embedding, lm_head: (vocab, hidden) bf16, kept as they are, the embedding on the host.
-        dtype: of activations. experts: the layers', told where each step begins and ends."""
+        dtype: of activations. experts: the layers', told where each step begins and ends. int8:
+        the head's form instead."""
         self.config = config
         self.layers = layers
         self.timeline: Timeline | None = None
@@ -145,7 +161,7 @@ class K2Model:
         self._decode_steps: DecodeSteps | None = None
         self._embedding = embedding
         self._final_norm = device.place(final_norm.to(dtype))
-        self._lm_head = device.place(lm_head)
+        self._lm_head = place_matrix(lm_head, device, lm_head.dtype, int8)
         self._rotary = RotaryTable(config, device)
 
     def forward(
@@ -271,9 +287,8 @@ class K2Model:
         Rounding logits of 20 to bf16 would move each by up to 0.06, more than whole layers do.
         """
         x = rms_norm(hidden, self._final_norm, self.config.rms_norm_eps)
-        if not x.is_cpu and x.dtype == self._lm_head.dtype:
-            # On a card one product does that; torch has none for the host.
-            return torch.mm(x, self._lm_head.T, out_dtype=torch.float32)
+        if isinstance(self._lm_head, Int8Linear) or not x.is_cpu:
+            return exact_product(x, self._lm_head)
         x = x.float()
         vocab_size, hidden_size = self._lm_head.shape
         rows = max(_LOGIT_BLOCK_BYTES // (4 * hidden_size), 1)

@@ -103,12 +103,13 @@ class MixtureOfExperts:
         experts: RoutedExperts,
         device: Device,
         dtype: torch.dtype,
+        int8: bool = False,
     ) -> None:
-        """slot: index of the layer among the MoE layers."""
+        """slot: index of the layer among the MoE layers. int8: the shared expert's form."""
         self.slot = slot
         self._layer = slot + config.first_k_dense_replace
         self._is_last = slot == config.num_moe_layers - 1
-        self._shared = place_mlp(shared, device, dtype)
+        self._shared = place_mlp(shared, device, dtype, int8)
         self._experts = experts
         self._device = device
         self.router = TopKRouter(config, router, device)
