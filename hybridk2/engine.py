@@ -27,8 +27,7 @@ from hybridk2.errors import DeadlineError, EngineError, HybridK2Error
 from hybridk2.execution import Execution, step_error
 from hybridk2.experts.host import HostExperts
 from hybridk2.experts.loading import LoadProgress
-from hybridk2.kv_cache import PAGE_TOKENS, PagedLatentCache
-from hybridk2.model.k2 import K2Model
+from hybridk2.kv_cache import PAGE_TOKENS
 from hybridk2.model.layers import DECODE_ROWS
 from hybridk2.request import FinishReason, Generation, Task, check_prompt
 from hybridk2.sampling import (

@@ -105,4 +105,3 @@ def test_what_is_left_makes_chunks_longer_and_a_chunk_that_was_asked_for_is_coun
         with pytest.raises(OutOfMemoryError):
             laid_out(exact - 1, choices)
     assert laid_out(fits + 10**12, placement=placement_of(1)).chunk_tokens == 16_384
-

@@ -1,4 +1,4 @@
-"""An engine that computes on a card and, of the routed experts that have no room there, on the host.
+"""An engine that computes on a card and, of routed experts that have no room there, on the host.
 
 Owns what the card holds and the order in which it is filled: the plan, then experts on both sides,
 the crossing between them, the dense part, the cache.
@@ -36,7 +36,7 @@ from hybridk2.experts.loading import load_experts, load_placement
 from hybridk2.experts.prefill import Dequantise, ExpertProducts, PrefillExperts
 from hybridk2.experts.resident import ResidentArithmetic, ResidentExperts
 from hybridk2.experts.router import AsyncRouter, ThreadRouter
-from hybridk2.experts.stream import ExpertStream, PinnedLayers, Pinning
+from hybridk2.experts.stream import ExpertStream, PinnedLayers
 from hybridk2.kv_cache import PagedLatentCache
 from hybridk2.model.loading import fp8_latents, load_model, paged_mix_for
 from hybridk2.model.moe import RoutedExperts
@@ -169,7 +169,7 @@ def _prompts(
         from hybridk2.model.triton import int4  # loads Triton
 
         dequantise = int4.dequantise
-    pinned = PinnedLayers(experts, kept, _pinning(device))
+    pinned = PinnedLayers(experts, kept, CardPinning())
     resources.callback(pinned.close)
     stream = ExpertStream(experts, device, _RING_SLOTS, pinned.cuts)
     resources.callback(stream.wait)
@@ -217,9 +217,7 @@ def _decoding(
     stream = card_stream(device.torch_device.index)
 
     def opened(kind: type[StreamRouter]) -> StreamRouter:
-        return kind(
-            experts, device, stream, submissions=submissions, top_k=top_k, dtype=_DTYPE
-        )
+        return kind(experts, device, stream, submissions=submissions, top_k=top_k, dtype=_DTYPE)
 
     def seconds(router: AsyncRouter) -> float:
         return measure_handoff(
@@ -241,7 +239,3 @@ def _decoding(
     router = fastest_router(routers, seconds)
     resources.callback(router.close)
     return router
-
-
-def _pinning(device: Device) -> Pinning:
-    return CardPinning()
