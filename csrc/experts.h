@@ -46,7 +46,6 @@ class Experts {
   // of what its node will read. Any thread, different experts at the same time; each expert once.
   void load(int64_t layer, int64_t expert, const ExpertMatrices& matrices);
 
-  const ExpertsShape& shape() const { return weights_.shape(); }
   // Where a loaded expert lies, as long as this object lives.
   std::vector<ExpertRegion> regions(int64_t layer, int64_t expert) const;
 

@@ -19,7 +19,7 @@ from hybridk2.device import Device, select_device
 from hybridk2.errors import ConfigError
 from hybridk2.experts.host import HostExperts, reserved_page_bytes, usable_cores
 from hybridk2.experts.loading import LoadProgress, check_memory, load_experts
-from hybridk2.experts.router import AsyncRouter
+from hybridk2.experts.router import ThreadRouter
 from hybridk2.kv_cache import PAGE_TOKENS, LatentFormat, PagedLatentCache
 from hybridk2.model.k2 import K2Model
 from hybridk2.model.loading import dense_bytes, dense_threads, load_model
@@ -107,7 +107,7 @@ def _on_the_host(
     experts = _host_experts(checkpoint, choices)
     try:
         load_experts(checkpoint, experts, on_progress or (lambda progress: None))
-        routed = RoutedExperts(AsyncRouter(experts, device), deferred=choices.defer_experts)
+        routed = RoutedExperts(ThreadRouter(experts, device), deferred=choices.defer_experts)
         model = load_model(checkpoint, experts, device, dtype, on_progress, routed=routed)
         cache = PagedLatentCache(config, cache_tokens, chunk_tokens, device, dtype)
     except BaseException:
