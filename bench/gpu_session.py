@@ -183,7 +183,7 @@ def measure_with_host(table: Any, config: Any, device: Any, host: Host, mix: Any
     handoffs = partial(measure_handoffs, table, device, config, host.open_router, kinds)
     table.attempt("handoffs", handoffs)
     for kind in kinds:
-        lost = partial(check_lost_server, table, device, host.open_router, kind)
+        lost = partial(check_lost_server, table, device, host.experts, host.open_router, kind)
         table.attempt(f"a lost server, {kind.name}", lost)
     ids = range(min(128, config.n_routed_experts))
     table.attempt("the bus", partial(measure_bus, table, device, host.stream, host.experts, ids))
