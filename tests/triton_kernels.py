@@ -5,7 +5,8 @@ tests/test_triton_*.py` runs the same tests on it. conftest.py sets the variable
 imports Triton: what it compiles and what it interprets is decided then, once for a process.
 
 The interpreter keeps bf16 numbers as uint16 and does not support arithmetic on them: it multiplies
-their bits in tl.dot and cuts fp32 off instead of rounding it. `mend_interpreter` puts both right;
+their bits in tl.dot, takes integers for bits, and cuts fp32 off instead of rounding it.
+`mend_interpreter` puts that right;
 test_triton_interpreter.py holds it to that.
 """
 
@@ -22,6 +23,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+
 
 def mend_interpreter() -> None:
     """Make the interpreter's conversions between fp32 and bf16 and its products of bf16 right."""
@@ -45,12 +47,14 @@ def mend_interpreter() -> None:
 
     # A handle is true when all its values are: `is None` is the question everywhere.
     def between(source: Any, target: Any) -> Any:
-        """The conversion of a handle between fp32 and bf16, None for any other."""
+        """A handle converted from bf16 to fp32 or from fp32 or integers to bf16, else None."""
         kinds = source.dtype.scalar, target.scalar
         if kinds == (bfloat16, float32):
             return TensorHandle(widened(source.data), float32)
         if kinds == (float32, bfloat16):
             return TensorHandle(rounded(source.data), bfloat16)
+        if target.scalar == bfloat16 and source.dtype.scalar.is_int():
+            return TensorHandle(rounded(source.data.astype(np.float32)), bfloat16)
         return None
 
     def mended_cast(self: Any, source: Any, target: Any) -> Any:
@@ -74,4 +78,3 @@ def mend_interpreter() -> None:
 
 if INTERPRETED:
     mend_interpreter()
-

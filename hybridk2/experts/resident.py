@@ -56,6 +56,7 @@ class ResidentExperts:
             {expert: place for place, expert in enumerate(np.flatnonzero(row).tolist())}
             for row in mask
         ]
+        self._mask = mask.copy()
         self._loaded: set[tuple[int, int]] = set()
         # Shifted by one, so that HOST_SHARE finds an entry of its own.
         table = np.full((mask.shape[0], mask.shape[1] + 1), HOST_SHARE, np.int32)
@@ -79,9 +80,9 @@ class ResidentExperts:
         """Whether that expert lives on the device."""
         return expert in self._places[slot]
 
-    def residents(self, slot: int) -> tuple[int, ...]:
-        """The layer's experts that live here, ascending."""
-        return tuple(sorted(self._places[slot]))
+    def mask(self) -> Mask:
+        """(MoE layers, experts), True where the expert lives here now."""
+        return self._mask.copy()
 
     def panel(self, slot: int, expert: int) -> Tensor:
         """One expert's panels, uint8 (expert_bytes,), where they lie."""
@@ -145,6 +146,7 @@ class ResidentExperts:
         place = places[entering] = places.pop(leaving)
         self._loaded.discard((slot, leaving))
         self._loaded.add((slot, entering))
+        self._mask[slot, [leaving, entering]] = False, True
         self._table[slot, leaving + 1] = HOST_SHARE
         self._table[slot, entering + 1] = place
 

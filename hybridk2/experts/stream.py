@@ -12,7 +12,7 @@ import ctypes
 import logging
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -64,7 +64,7 @@ class ExpertStream:
         # Slots that nobody holds, those free for longest first, and the work that read each last.
         self._free: deque[tuple[int, Any]] = deque((slot, None) for slot in range(slots))
 
-    def panels(self, layer_slot: int, experts: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
+    def panels(self, layer_slot: int, experts: Iterable[int]) -> Generator[tuple[int, Tensor]]:
         """Each expert of a layer in the given order, with its panels on the device.
 
         Yields (expert, uint8 (expert_bytes,)). Work on the panels must be given to the device

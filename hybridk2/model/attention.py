@@ -26,7 +26,7 @@ from hybridk2.device import Device
 from hybridk2.kv_cache import CacheSequence
 from hybridk2.model.decode_batch import DecodeBatch
 from hybridk2.model.flash import FlashState
-from hybridk2.model.layers import linear, rms_norm, rotate
+from hybridk2.model.layers import Weight, linear, place_matrix, rms_norm, rotate
 
 # Scores of one block of keys in fp32: 64 MB keeps a 512-token chunk of K2's 64 heads at 512 keys a
 # block, and the memory of prefill independent of the context's length.
@@ -61,9 +61,11 @@ class LatentAttention:
         device: Device,
         dtype: torch.dtype,
         paged_mix: PagedMix | None = None,
+        int8: bool = False,
     ) -> None:
         """paged_mix: what decoding attends with, and prompts with flash kernels beside it; None
-        computes both with torch, in fp32."""
+        computes both with torch, in fp32. int8: the form of projections but kv_b's, which is bf16
+        always."""
         self._config = config
         self._layer = layer
         self._paged_mix = paged_mix
@@ -71,13 +73,16 @@ class LatentAttention:
         def place(tensor: Tensor) -> Tensor:
             return device.place(tensor.to(dtype))
 
-        self._q_a_proj = place(weights.q_a_proj)
+        def place_projection(tensor: Tensor) -> Weight:
+            return place_matrix(tensor, device, dtype, int8)
+
+        self._q_a_proj = place_projection(weights.q_a_proj)
         self._q_a_norm = place(weights.q_a_norm)
-        self._q_b_proj = place(weights.q_b_proj)
-        self._kv_a_proj = place(weights.kv_a_proj)
+        self._q_b_proj = place_projection(weights.q_b_proj)
+        self._kv_a_proj = place_projection(weights.kv_a_proj)
         self._kv_a_norm = place(weights.kv_a_norm)
         self._kv_b_proj = place(weights.kv_b_proj)
-        self._o_proj = place(weights.o_proj)
+        self._o_proj = place_projection(weights.o_proj)
         # Views, not copies: kv_b_proj stacks W_UK over W_UV head by head.
         per_head = self._kv_b_proj.view(
             config.num_attention_heads,

@@ -5,22 +5,30 @@ Knows tensors and the cache, not where weights come from on disk, requests, samp
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridk2.checkpoint import LayerWeights
+from hybridk2.checkpoint import LayerWeights, routing_fingerprint
 from hybridk2.config import K2Config
 from hybridk2.device import Device
 from hybridk2.kv_cache import CacheSequence, PagedLatentCache
 from hybridk2.model.attention import LatentAttention, PagedMix
 from hybridk2.model.decode_batch import DecodeBatch
 from hybridk2.model.decoding import DecodeSteps
-from hybridk2.model.layers import DECODE_ROWS, RotaryTable, place_mlp, rms_norm, swiglu
+from hybridk2.model.layers import (
+    DECODE_ROWS,
+    RotaryTable,
+    exact_product,
+    place_matrix,
+    place_mlp,
+    rms_norm,
+    swiglu,
+)
 from hybridk2.model.moe import MixtureOfExperts, RoutedExperts
+from hybridk2.model.triton.int8 import Int8Linear
 from hybridk2.timeline import Phase, Timeline
 
 # Rows of lm_head that are widened to fp32 at a time. 4 MB stays in cache; blocks of 30 MB and more
@@ -40,16 +48,20 @@ class DecoderLayer:
         device: Device,
         dtype: torch.dtype,
         paged_mix: PagedMix | None = None,
+        int8: bool = False,
     ) -> None:
-        """experts: needed by MoE layers, None for dense ones. paged_mix: see LatentAttention."""
+        """experts: needed by MoE layers, None for dense ones. int8: the form of matrices but
+        kv_b's and the router's. paged_mix: see LatentAttention."""
         self._layer = layer
         self._eps = config.rms_norm_eps
         self._input_norm = device.place(weights.input_norm.to(dtype))
         self._post_attention_norm = device.place(weights.post_attention_norm.to(dtype))
-        self.attention = LatentAttention(config, weights.attention, layer, device, dtype, paged_mix)
+        self.attention = LatentAttention(
+            config, weights.attention, layer, device, dtype, paged_mix, int8
+        )
         self.moe: MixtureOfExperts | None = None
         if weights.mlp is not None:
-            self._mlp = place_mlp(weights.mlp, device, dtype)
+            self._mlp = place_mlp(weights.mlp, device, dtype, int8)
         else:
             assert weights.router is not None
             assert weights.shared is not None
@@ -62,6 +74,7 @@ class DecoderLayer:
                 experts,
                 device,
                 dtype,
+                int8,
             )
 
     def forward(
@@ -134,9 +147,11 @@ class K2Model:
         device: Device,
         dtype: torch.dtype,
         experts: RoutedExperts,
+        int8: bool = False,
     ) -> None:
         """embedding, lm_head: (vocab, hidden) bf16, kept as they are, the embedding on the host.
-        dtype: of activations. experts: the layers', told where each step begins and ends."""
+        dtype: of activations. experts: the layers', told where each step begins and ends. int8:
+        the head's form instead."""
         self.config = config
         self.layers = layers
         self.timeline: Timeline | None = None
@@ -146,7 +161,7 @@ class K2Model:
         self._decode_steps: DecodeSteps | None = None
         self._embedding = embedding
         self._final_norm = device.place(final_norm.to(dtype))
-        self._lm_head = device.place(lm_head)
+        self._lm_head = place_matrix(lm_head, device, lm_head.dtype, int8)
         self._rotary = RotaryTable(config, device)
 
     def forward(
@@ -254,16 +269,10 @@ class K2Model:
                 layer.moe.on_decode = on_decode
 
     def routing_fingerprint(self) -> str:
-        """SHA-256, in hexadecimal, of what tells one model's routing from another's: dimensions,
-        every router's bias, and its weights of the first expert."""
-        config = self.config
-        shape = (config.num_moe_layers, config.n_routed_experts, config.num_experts_per_tok)
-        digest = hashlib.sha256(repr(shape).encode())
-        for layer in self.layers:
-            if layer.moe is not None:
-                for values in layer.moe.router.identifying_values():
-                    digest.update(values.cpu().numpy().tobytes())
-        return digest.hexdigest()
+        """What tells this model's routing from another's: `checkpoint.routing_fingerprint`."""
+        blocks = [layer.moe for layer in self.layers if layer.moe is not None]
+        values = (block.router.identifying_values() for block in blocks)
+        return routing_fingerprint(self.config, values)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: (tokens, hidden) after the last layer. Returns (tokens, vocab) fp32 logits."""
@@ -278,9 +287,8 @@ class K2Model:
         Rounding logits of 20 to bf16 would move each by up to 0.06, more than whole layers do.
         """
         x = rms_norm(hidden, self._final_norm, self.config.rms_norm_eps)
-        if not x.is_cpu and x.dtype == self._lm_head.dtype:
-            # On a card one product does that; torch has none for the host.
-            return torch.mm(x, self._lm_head.T, out_dtype=torch.float32)
+        if isinstance(self._lm_head, Int8Linear) or not x.is_cpu:
+            return exact_product(x, self._lm_head)
         x = x.float()
         vocab_size, hidden_size = self._lm_head.shape
         rows = max(_LOGIT_BLOCK_BYTES // (4 * hidden_size), 1)

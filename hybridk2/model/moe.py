@@ -87,8 +87,7 @@ class TopKRouter:
         return expert_ids.int(), weights
 
     def identifying_values(self) -> tuple[Tensor, Tensor]:
-        """The bias (experts,) and the first expert's row (hidden,), fp32: no two models share
-        them, and unlike the whole matrix they are hashed in no time."""
+        """The bias (experts,) and the first expert's row (hidden,), fp32: for fingerprints."""
         return self._bias, self._weight[0].float()
 
 
@@ -104,12 +103,13 @@ class MixtureOfExperts:
         experts: RoutedExperts,
         device: Device,
         dtype: torch.dtype,
+        int8: bool = False,
     ) -> None:
-        """slot: index of the layer among the MoE layers."""
+        """slot: index of the layer among the MoE layers. int8: the shared expert's form."""
         self.slot = slot
         self._layer = slot + config.first_k_dense_replace
         self._is_last = slot == config.num_moe_layers - 1
-        self._shared = place_mlp(shared, device, dtype)
+        self._shared = place_mlp(shared, device, dtype, int8)
         self._experts = experts
         self._device = device
         self.router = TopKRouter(config, router, device)
