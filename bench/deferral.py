@@ -23,7 +23,7 @@ from hybridk2.checkpoint import Checkpoint, locate_model
 from hybridk2.device import CpuDevice
 from hybridk2.experts.host import HostExperts
 from hybridk2.experts.loading import load_experts
-from hybridk2.experts.router import AsyncRouter
+from hybridk2.experts.router import ThreadRouter
 from hybridk2.kv_cache import CacheSequence, PagedLatentCache
 from hybridk2.model.k2 import K2Model
 from hybridk2.model.layers import DECODE_ROWS
@@ -103,7 +103,7 @@ def side(
     checkpoint: Checkpoint, experts: HostExperts, deferred: int
 ) -> tuple[K2Model, PagedLatentCache]:
     device = CpuDevice()
-    routed = RoutedExperts(AsyncRouter(experts, device), deferred=deferred)
+    routed = RoutedExperts(ThreadRouter(experts, device), deferred=deferred)
     model = load_model(checkpoint, experts, device, torch.bfloat16, routed=routed)
     cache = PagedLatentCache(checkpoint.config, 1 << 15, CHUNK_TOKENS, device, torch.bfloat16)
     return model, cache

@@ -98,6 +98,9 @@ Handoff::Failure Mailbox::failure() {
 }
 
 int64_t Mailbox::finish_step() {
+  // The device is done: what it has not published by now it never will.
+  const uint64_t last = next_number_ - 1;
+  if (ring_.slot(last).published.load(std::memory_order_acquire) < last) stop_.store(true);
   server_->wait_for(shape_.timeout);
   return served_.load();
 }

@@ -21,14 +21,13 @@ import torch
 
 from hybridk2.checkpoint import Checkpoint, locate_model
 from hybridk2.config import EngineConfig, K2Config
-from hybridk2.engine_parts import load_parts
+from hybridk2.engine_parts import EngineParts, load_parts
 from hybridk2.engine_stats import EngineStats, Totals
 from hybridk2.errors import DeadlineError, EngineError, HybridK2Error
 from hybridk2.execution import Execution, step_error
 from hybridk2.experts.host import HostExperts
 from hybridk2.experts.loading import LoadProgress
-from hybridk2.kv_cache import PAGE_TOKENS, PagedLatentCache
-from hybridk2.model.k2 import K2Model
+from hybridk2.kv_cache import PAGE_TOKENS
 from hybridk2.model.layers import DECODE_ROWS
 from hybridk2.request import FinishReason, Generation, Task, check_prompt
 from hybridk2.sampling import (
@@ -49,20 +48,19 @@ class Engine:
 
     def __init__(
         self,
-        model: K2Model,
-        experts: HostExperts,
-        cache: PagedLatentCache,
+        parts: EngineParts,
         eos_token_ids: Sequence[int],
-        context_tokens: int,
         max_running: int,
         max_queued: int,
     ) -> None:
-        """context_tokens: no more than the cache holds are of use."""
+        model, cache = parts.model, parts.cache
         self.config: K2Config = model.config
-        self.context_tokens = min(context_tokens, cache.capacity_tokens)
+        # No more than the cache holds are of use.
+        self.context_tokens = min(parts.context_tokens, cache.capacity_tokens)
         self.eos_token_ids = tuple(eos_token_ids)
         self._model = model
-        self.experts = experts
+        self._parts = parts
+        self.experts: HostExperts = parts.experts
         self._cache = cache
         self._execution = Execution(model, cache)
         self._scheduler: Scheduler[Generation] = Scheduler(max_running, max_queued)
@@ -81,16 +79,8 @@ class Engine:
         with the checkpoint, the choices or the machine's memory, before large memory is taken.
         """
         with Checkpoint.open(locate_model(choices.model)) as checkpoint:
-            parts = load_parts(checkpoint, choices, on_progress)
-            return cls(
-                parts.model,
-                parts.experts,
-                parts.cache,
-                checkpoint.eos_token_ids,
-                parts.context_tokens,
-                choices.max_running,
-                choices.max_queued,
-            )
+            parts = load_parts(checkpoint, choices, on_progress or (lambda progress: None))
+            return cls(parts, checkpoint.eos_token_ids, choices.max_running, choices.max_queued)
 
     def submit(
         self,
@@ -239,9 +229,6 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """See EngineStats. Any thread may call it; it never waits for a step."""
-        config = self.config
-        num_experts = config.num_moe_layers * config.n_routed_experts
-        expert_bytes = self.experts.weight_bytes // max(num_experts, 1)
         experts_read, on_host = self._model.experts_read, self._model.host_experts_read
         with self._lock:
             scheduler, totals = self._scheduler, self._totals
@@ -259,7 +246,7 @@ class Engine:
                 requests_total=dict(totals.requests),
                 steps_total=totals.steps,
                 step_seconds_total=totals.step_seconds,
-                expert_bytes_total=experts_read * expert_bytes,
+                expert_bytes_total=experts_read * self.experts.expert_bytes,
                 host_expert_share=on_host / experts_read if experts_read else 1.0,
             )
 
@@ -283,7 +270,7 @@ class Engine:
             with self._lock:
                 for generation in list(self._scheduler.requests()):
                     self._end(generation, "cancelled")
-            self.experts.close()
+            self._parts.close()
 
     def _start_waiting(self) -> None:
         with self._lock:

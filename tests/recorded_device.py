@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from hybridk2.device import CpuDevice
 from hybridk2.experts.host import HostExperts
-from hybridk2.experts.router import AsyncRouter
+from hybridk2.experts.router import ThreadRouter
 
 # What reads a value of a tensor, or asks for its memory, in the middle of a step.
 _READS = ("aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::equal")
@@ -127,7 +127,7 @@ class _Sum:
     out: Tensor
 
 
-class EnqueuedRouter(AsyncRouter):
+class EnqueuedRouter(ThreadRouter):
     """The host's experts as work in the device's order: what a mailbox does, without one."""
 
     records = True

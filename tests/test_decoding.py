@@ -15,7 +15,7 @@ from hybridk2.device import CpuDevice
 from hybridk2.errors import EngineError
 from hybridk2.experts.host import HostExperts
 from hybridk2.experts.loading import load_experts
-from hybridk2.experts.router import AsyncRouter
+from hybridk2.experts.router import ThreadRouter
 from hybridk2.kv_cache import PAGE_TOKENS, CacheSequence, PagedLatentCache
 from hybridk2.model.k2 import K2Model
 from hybridk2.model.loading import load_model
@@ -84,7 +84,7 @@ class Pair:
                 self.experts,
                 CpuDevice(),
                 torch.float32,
-                routed=RoutedExperts(AsyncRouter(self.experts, CpuDevice()), deferred=deferred),
+                routed=RoutedExperts(ThreadRouter(self.experts, CpuDevice()), deferred=deferred),
             )
         self.config = config
         self.recorded = Side(recorded, self._cache(self.device))

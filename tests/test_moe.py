@@ -13,7 +13,7 @@ from hybridk2.checkpoint import Checkpoint
 from hybridk2.device import CpuDevice
 from hybridk2.experts.host import HostExperts
 from hybridk2.experts.loading import load_experts
-from hybridk2.experts.router import HOST_SHARE, AsyncRouter, PendingExperts
+from hybridk2.experts.router import HOST_SHARE, PendingExperts, ThreadRouter
 from hybridk2.kv_cache import PagedLatentCache
 from hybridk2.model.decode_batch import DecodeBatch
 from hybridk2.model.k2 import K2Model
@@ -23,7 +23,7 @@ from hybridk2.model.moe import MixtureOfExperts, RoutedExperts
 TOKENS, ROWS = 3, 4
 
 
-class Spy(AsyncRouter):
+class Spy(ThreadRouter):
     """Keeps what the host was given: (slot, ids)."""
 
     def __init__(self, experts: HostExperts) -> None:
@@ -130,7 +130,7 @@ def test_any_share_on_the_device_gives_the_sums_of_the_host_alone(
     mask = torch.rand(shape, generator=generator) < seed / 5
     spy = Spy(workbench.experts)
     residents = Residents(workbench.experts, mask)
-    alone = workbench.layers(RoutedExperts(AsyncRouter(workbench.experts, CpuDevice())))
+    alone = workbench.layers(RoutedExperts(ThreadRouter(workbench.experts, CpuDevice())))
     shared_out = workbench.layers(RoutedExperts(spy, resident=residents))
     for slot in range(config.num_moe_layers):
         x = workbench.rows(10 * seed + slot)

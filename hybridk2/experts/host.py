@@ -1,8 +1,9 @@
 """Routed experts in host memory.
 
 Owns the packed INT4 weights and the queue to the C++ workers; the only file that imports the
-extension. Knows nothing of CUDA or of files: it receives host tensors and returns host tensors. The
-caller (router.py) decides what overlaps with what.
+extension. Knows nothing of CUDA or of files: it receives host tensors and returns host tensors, or
+addresses of a device's, which handoff.py has checked. The caller (router.py) decides what overlaps
+with what.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -22,11 +23,17 @@ from hybridk2.errors import ConfigError, EngineError, OutOfMemoryError
 from hybridk2.placement import Mask
 
 __all__ = [
+    "HANDOFF_TOKENS",
     "READ_LOOPS",
+    "CardPinning",
+    "DeviceStream",
     "ExpertRegion",
+    "Handoff",
+    "HandoffMechanism",
     "HostExperts",
     "Ticket",
     "available_isas",
+    "card_stream",
     "reserved_page_bytes",
     "usable_cores",
 ]
@@ -34,6 +41,13 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 READ_LOOPS: tuple[str, ...] = tuple(_native.READ_LOOPS)
+
+# Tokens that a handoff takes at once.
+HANDOFF_TOKENS: int = _native.HANDOFF_TOKENS
+
+HandoffMechanism = Literal["host-functions", "mailbox"]
+# What a device does in order, as the extension sees it.
+DeviceStream = _native.DeviceStream
 
 
 def available_isas() -> list[str]:
@@ -328,6 +342,83 @@ class HostExperts:
     def _check_matrix(name: str, matrix: QuantizedLinear, rows: int, columns: int) -> None:
         _check_tensor(f"{name}.packed", matrix.packed, torch.int32, (rows, columns // 8))
         _check_tensor(f"{name}.scale", matrix.scale, torch.bfloat16, (rows, columns // 32))
+
+
+class Handoff:
+    """Layers between a device and the experts, in the order of the device's stream; see
+    csrc/handoff.h. stream: the driver's handle. Addresses are of contiguous tensors on the device,
+    whose dtype, shape and lifetime the caller answers for. All calls raise EngineError.
+    """
+
+    def __init__(
+        self,
+        experts: HostExperts,
+        stream: DeviceStream,
+        mechanism: HandoffMechanism,
+        top_k: int,
+        dtype: torch.dtype,
+        timeout_seconds: float,
+    ) -> None:
+        if dtype not in (torch.bfloat16, torch.float32):
+            raise EngineError(f"handoff: expected bfloat16 or float32, found {dtype}")
+        opened = {"mailbox": _native.open_mailbox, "host-functions": _native.open_host_functions}
+        with _engine_errors():
+            self._native: _native.Handoff | None = opened[mechanism](
+                experts._open(), stream, top_k, dtype == torch.bfloat16, timeout_seconds
+            )
+
+    def begin_step(self, stream: int, submissions: int) -> None:
+        with _engine_errors():
+            self._open().begin_step(stream, submissions)
+
+    def submit(
+        self, stream: int, slot: int, tokens: int, x: int, expert_ids: int, weights: int
+    ) -> None:
+        with _engine_errors():
+            self._open().submit(stream, slot, tokens, x, expert_ids, weights)
+
+    def collect(self, stream: int, slot: int, tokens: int, out: int) -> None:
+        with _engine_errors():
+            self._open().collect(stream, slot, tokens, out)
+
+    def end_step(self) -> None:
+        with _engine_errors():
+            self._open().end_step()
+
+    def reset(self) -> None:
+        with _engine_errors():
+            self._open().reset()
+
+    def close(self) -> None:
+        """Wait for the device and the workers, free what both share. More calls do nothing."""
+        self._native = None
+
+    def _open(self) -> _native.Handoff:
+        if self._native is None:
+            raise EngineError("this handoff is closed")
+        return self._native
+
+
+def card_stream(index: int) -> DeviceStream:
+    """The streams of an NVIDIA card, by its number, through its driver.
+
+    Raises ConfigError where there is no driver, EngineError with what the driver says.
+    """
+    with _engine_errors():
+        return _native.cuda_stream(index)
+
+
+class CardPinning:
+    """Keeps host memory in place for cards, through their driver. See stream.Pinning."""
+
+    def pin(self, address: int, num_bytes: int) -> None:
+        """Raises ConfigError where there is no driver, EngineError when it refuses."""
+        with _engine_errors():
+            _native.pin_host_memory(address, num_bytes)
+
+    def unpin(self, address: int) -> None:
+        with _engine_errors():
+            _native.unpin_host_memory(address)
 
 
 def _check_tensor(

@@ -77,11 +77,15 @@ class ExpertProducts:
 
 @dataclass(frozen=True)
 class PendingChunk(PendingExperts):
-    """A submitted layer of which the device has a share. device_sum: (tokens, hidden) fp32.
-    is_shared: the host has a share as well."""
+    """A submitted layer of which the device has a share. host: the host's part of it. device_sum:
+    (tokens, hidden) fp32. is_shared: the host has a share as well."""
 
+    host: PendingExperts
     device_sum: Tensor
     is_shared: bool
+
+    def times(self) -> tuple[float, float] | None:
+        return self.host.times()
 
 
 class PrefillExperts(AsyncRouter):
@@ -131,13 +135,13 @@ class PrefillExperts(AsyncRouter):
         rows = slice(None) if chosen.host else slice(0)
         pending = self._host.submit(slot, x[rows], host_ids[rows], weights[rows])
         device_sum = self._sum_on_device(slot, x, ids, weights, chosen, experts)
-        return PendingChunk(pending.ticket, pending.inputs, device_sum, bool(chosen.host))
+        return PendingChunk(slot, pending.inputs, pending, device_sum, bool(chosen.host))
 
     def collect(self, pending: PendingExperts) -> Tensor:
         """The weighted sum of the layer's routed experts: (tokens, hidden) fp32 on the device."""
-        host_sum = self._host.collect(pending)
         if not isinstance(pending, PendingChunk):
-            return host_sum
+            return self._host.collect(pending)
+        host_sum = self._host.collect(pending.host)
         return pending.device_sum.add_(host_sum) if pending.is_shared else pending.device_sum
 
     def _sum_on_device(

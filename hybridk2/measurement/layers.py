@@ -31,7 +31,7 @@ from hybridk2.config import GROUP_SIZE, KIMI_K2_THINKING, K2Config
 from hybridk2.device import CpuDevice
 from hybridk2.errors import OutOfMemoryError
 from hybridk2.experts.host import READ_LOOPS, HostExperts, available_isas, usable_cores
-from hybridk2.experts.router import AsyncRouter
+from hybridk2.experts.router import ThreadRouter
 from hybridk2.hardware import MachineProfile, SystemFacts
 from hybridk2.kv_cache import PagedLatentCache
 from hybridk2.model.decode_batch import DecodeBatch
@@ -221,7 +221,7 @@ class _Layers:
         )
         self._load_experts()
         layout = Layout(config)
-        routed = RoutedExperts(AsyncRouter(self.experts, device))
+        routed = RoutedExperts(ThreadRouter(self.experts, device))
         self._layers = [
             DecoderLayer(
                 config, self._weights(layout, layer), layer, routed, device, torch.bfloat16

@@ -17,7 +17,7 @@ from hybridk2.checkpoint import Checkpoint, LoadProgress
 from hybridk2.config import K2Config
 from hybridk2.device import Device
 from hybridk2.experts.host import HostExperts
-from hybridk2.experts.router import AsyncRouter
+from hybridk2.experts.router import ThreadRouter
 from hybridk2.kv_cache import LatentFormat
 from hybridk2.model.attention import PagedMix
 from hybridk2.model.k2 import DecoderLayer, K2Model
@@ -98,7 +98,7 @@ def load_model(
     Raises CheckpointError with the name of a tensor that cannot be read.
     """
     config = checkpoint.config
-    routed = routed or RoutedExperts(AsyncRouter(experts, device))
+    routed = routed or RoutedExperts(ThreadRouter(experts, device))
     started = time.perf_counter()
     layer_bytes = checkpoint.dense_bytes // (config.num_hidden_layers + 1)
 

@@ -204,9 +204,9 @@ class MixtureOfExperts:
     def _tell_host_call(
         self, timeline: Timeline | None, pending: PendingExperts, expert_ids: Tensor
     ) -> None:
-        if timeline is not None:
+        if timeline is not None and (times := pending.times()) is not None:
             experts = len(_different(self._device.to_host(expert_ids)))
-            timeline.add_host_call(self._layer, experts, *pending.ticket.times())
+            timeline.add_host_call(self._layer, experts, *times)
 
 
 def _different(expert_ids: Tensor) -> set[int]:

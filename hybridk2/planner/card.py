@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hybridk2.config import EngineConfig
-from hybridk2.errors import ConfigError, OutOfMemoryError
+from hybridk2.errors import OutOfMemoryError
 from hybridk2.hardware import described_machine, gpu_of_memory
 from hybridk2.placement import Mask, Placement, uniform
 from hybridk2.planner.plan import GPU_RESERVED_CHUNK_TOKENS, Choices, Plan, plan
@@ -44,11 +44,9 @@ def lay_out_card(
     Without a placement as many experts live on the card as fit, evenly spread: nothing is known of
     them. A prompt's chunk is as long as what is left lets it be.
 
-    Raises OutOfMemoryError with what is missing where and the nearest settings, ConfigError for a
-    placement of another shape.
+    placement: made for this model. Raises OutOfMemoryError with what is missing where and the
+    nearest settings.
     """
-    if placement is not None:
-        _check_shape(sizes, placement)
     machine = described_machine(_ANY_SPEED, host_bytes)
     wanted = Choices(
         context_tokens=cache_tokens,
@@ -80,16 +78,6 @@ def _longest_chunk(made: Plan) -> int:
             break
         chunk *= 2
     return chunk
-
-
-def _check_shape(sizes: ModelSizes, placement: Placement) -> None:
-    found = (len(placement.resident), placement.experts)
-    expected = (sizes.moe_layers, sizes.experts_per_layer)
-    if found != expected:
-        raise ConfigError(
-            f"--placement: made for {found[0]} layers of {found[1]} experts, this model has "
-            f"{expected[0]} of {expected[1]}. `hybridk2 tune` makes one for it"
-        )
 
 
 def _refusal(made: Plan) -> str:
