@@ -15,7 +15,7 @@ from hybridk2.experts import panels, prefill
 from hybridk2.experts.host import HostExperts
 from hybridk2.experts.prefill import ExpertProducts, PrefillExperts
 from hybridk2.experts.resident import ResidentExperts
-from hybridk2.experts.router import HOST_SHARE, AsyncRouter, PendingExperts
+from hybridk2.experts.router import HOST_SHARE, AsyncRouter, PendingExperts, ThreadRouter
 from hybridk2.experts.stream import ExpertStream
 from hybridk2.prefill_split import ExpertCosts, Split
 
@@ -67,7 +67,7 @@ class Machine:
                 else:
                     self.host.load_expert(slot, expert, *matrices)
         self.experts = PrefillExperts(
-            AsyncRouter(self.host, self.device),
+            ThreadRouter(self.host, self.device),
             self.device,
             ExpertStream(self.host, self.device, 3),
             ExpertProducts(HIDDEN, INTERMEDIATE, self.device),
@@ -140,7 +140,7 @@ def test_bits_are_the_routers_own_where_the_host_computes_all(
         for tokens in (1, 30, 300):
             x = random_activations(tokens, HIDDEN, torch.bfloat16)
             ids, weights = random_routing(tokens, EXPERTS, TOP_K)
-            expected = compute(AsyncRouter(machine.host, machine.device), 0, x, ids, weights)
+            expected = compute(ThreadRouter(machine.host, machine.device), 0, x, ids, weights)
             assert torch.equal(compute(machine.experts, 0, x, ids, weights), expected)
 
 
@@ -189,7 +189,7 @@ def test_an_expert_that_arrives_by_a_swap_is_computed_where_it_now_lives(
         packed = [machine.host.pack_expert(*matrices) for matrices in layers[0].experts]
         resident.load(0, 4, packed[4])
         machine.experts = PrefillExperts(
-            AsyncRouter(machine.host, machine.device),
+            ThreadRouter(machine.host, machine.device),
             machine.device,
             ExpertStream(machine.host, machine.device, 2),
             ExpertProducts(HIDDEN, INTERMEDIATE, machine.device),
@@ -213,9 +213,9 @@ def test_the_host_begins_before_the_device_is_given_its_share(
     choose(monkeypatch, set(range(6)))
     order: list[str] = []
     with Machine(layers, np.zeros((LAYERS, EXPERTS), bool), CpuDevice()) as machine:
-        submit, products = AsyncRouter.submit, ExpertProducts.__call__
+        submit, products = ThreadRouter.submit, ExpertProducts.__call__
 
-        def noted_submit(self: AsyncRouter, *call: object) -> PendingExperts:
+        def noted_submit(self: ThreadRouter, *call: object) -> PendingExperts:
             order.append("host")
             return submit(self, *call)  # type: ignore[arg-type]
 
@@ -223,7 +223,7 @@ def test_the_host_begins_before_the_device_is_given_its_share(
             order.append("device")
             return products(self, *call)
 
-        monkeypatch.setattr(AsyncRouter, "submit", noted_submit)
+        monkeypatch.setattr(ThreadRouter, "submit", noted_submit)
         monkeypatch.setattr(ExpertProducts, "__call__", noted_products)
         x = random_activations(60, HIDDEN, torch.bfloat16)
         compute(machine.experts, 0, x, *random_routing(60, EXPERTS, TOP_K))
