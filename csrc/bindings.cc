@@ -7,12 +7,14 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "arena.h"
 #include "errors.h"
 #include "experts.h"
+#include "handoff_bindings.h"
 #include "read_roof.h"
 #include "topology.h"
 
@@ -42,16 +44,32 @@ PackedMatrix matrix(const std::pair<uintptr_t, uintptr_t>& addresses) {
 }
 
 ExpertsHolder create(int64_t num_layers, int64_t num_experts, int64_t hidden, int64_t intermediate,
-                     const std::string& isa, int threads, bool huge_pages, int simulated) {
+                     const std::string& isa, int threads, bool huge_pages, int simulated,
+                     const std::vector<bool>& elsewhere) {
   const ExpertsShape shape{num_layers, num_experts, hidden, intermediate};
   const std::vector<Node> nodes = simulated > 0 ? simulated_nodes(simulated) : usable_nodes();
-  return ExpertsHolder(new Experts(shape, isa, threads, huge_pages, nodes));
+  return ExpertsHolder(new Experts(shape, isa, threads, huge_pages, nodes, elsewhere));
 }
 
 void load(Experts& experts, int64_t layer, int64_t expert,
           const std::pair<uintptr_t, uintptr_t>& gate, const std::pair<uintptr_t, uintptr_t>& up,
           const std::pair<uintptr_t, uintptr_t>& down) {
   experts.load(layer, expert, {matrix(gate), matrix(up), matrix(down)});
+}
+
+void pack(const Experts& experts, const std::pair<uintptr_t, uintptr_t>& gate,
+          const std::pair<uintptr_t, uintptr_t>& up, const std::pair<uintptr_t, uintptr_t>& down,
+          uintptr_t out) {
+  pack_expert(experts.shape(), {matrix(gate), matrix(up), matrix(down)}, at<uint8_t>(out));
+}
+
+std::vector<std::tuple<uintptr_t, int64_t, int64_t>> regions(const Experts& experts, int64_t layer,
+                                                             int64_t expert) {
+  std::vector<std::tuple<uintptr_t, int64_t, int64_t>> found;
+  for (const ExpertRegion& region : experts.regions(layer, expert)) {
+    found.emplace_back(reinterpret_cast<uintptr_t>(region.begin), region.bytes, region.offset);
+  }
+  return found;
 }
 
 void dequantise(const Experts& experts, int64_t layer, int64_t expert, uintptr_t gate, uintptr_t up,
@@ -91,7 +109,7 @@ PYBIND11_MODULE(_native, module) {
   py::class_<Experts, ExpertsHolder>(module, "Experts")
       .def(py::init(&create), py::arg("num_layers"), py::arg("num_experts"), py::arg("hidden"),
            py::arg("intermediate"), py::arg("isa"), py::arg("threads"), py::arg("huge_pages"),
-           py::arg("simulated_nodes"))
+           py::arg("simulated_nodes"), py::arg("elsewhere"))
       .def_property_readonly("isa", &Experts::isa)
       .def_property_readonly("threads", &Experts::threads)
       .def_property_readonly("threads_of_node", &Experts::threads_of_node)
@@ -99,11 +117,16 @@ PYBIND11_MODULE(_native, module) {
       .def_property_readonly("gigabyte_pages", &Experts::gigabyte_pages)
       .def_property_readonly("troubles", &Experts::troubles)
       .def_property_readonly("weight_bytes", &Experts::weight_bytes)
+      .def_property_readonly("expert_bytes",
+                             [](const Experts& experts) { return expert_bytes(experts.shape()); })
       .def("load", &load, Release())
+      .def("pack", &pack, Release())
+      .def("regions", &regions)
       .def("dequantise", &dequantise, Release())
       .def("submit", &submit, Release())
       .def("read_weights_seconds", &Experts::read_weights_seconds, Release())
       .def("arithmetic_roof", &arithmetic_roof, Release());
+  bind_handoff(module);
   py::list loops;
   for (int loop = 0; loop < kNumReadLoops; ++loop) loops.append(read_loop_name(loop));
   module.attr("READ_LOOPS") = py::tuple(loops);

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <stdexcept>
 #include <system_error>
+#include <utility>
 
 #include "errors.h"
 #include "read_roof.h"
@@ -44,11 +45,11 @@ class Shares {
 }  // namespace
 
 Experts::Experts(const ExpertsShape& shape, const std::string& isa, int threads, bool huge_pages,
-                 const std::vector<Node>& nodes) try
+                 const std::vector<Node>& nodes, const std::vector<bool>& elsewhere) try
     : kernels_(select_kernels(isa)),
       plan_(plan_threads(nodes, checked_threads(threads, nodes))),
       process_(getpid()),
-      weights_(shape, plan_, huge_pages),
+      weights_(shape, plan_, huge_pages, elsewhere),
       load_states_(new std::atomic<uint8_t>[shape.num_layers * shape.num_experts]()),
       pool_(plan_),
       runner_(weights_, kernels_, pool_, plan_, huge_pages),
@@ -127,6 +128,10 @@ std::atomic<uint8_t>& Experts::load_state(int64_t layer, int64_t expert) const {
 void Experts::load(int64_t layer, int64_t expert, const ExpertMatrices& matrices) {
   check_process();
   check_location(layer, expert);
+  if (weights_.is_elsewhere(layer, expert)) {
+    throw StateError("layer slot " + std::to_string(layer) + ", expert " + std::to_string(expert) +
+                     " is kept elsewhere and has no memory here");
+  }
   uint8_t expected = kEmpty;
   if (!load_state(layer, expert).compare_exchange_strong(expected, kLoading)) {
     throw StateError("layer slot " + std::to_string(layer) + ", expert " + std::to_string(expert) +
@@ -154,12 +159,21 @@ void Experts::pack_on_nodes(int64_t layer, int64_t expert, const ExpertMatrices&
   queue_.submit([&] { pool_.run(1, pack_shares, false); })->wait();
 }
 
-void Experts::dequantise(int64_t layer, int64_t expert, float* gate, float* up, float* down) const {
+void Experts::check_loaded(int64_t layer, int64_t expert) const {
   check_location(layer, expert);
-  if (load_state(layer, expert).load(std::memory_order_acquire) != kLoaded) {
-    throw StateError("layer slot " + std::to_string(layer) + ", expert " + std::to_string(expert) +
-                     " is not loaded");
-  }
+  if (load_state(layer, expert).load(std::memory_order_acquire) == kLoaded) return;
+  throw StateError("layer slot " + std::to_string(layer) + ", expert " + std::to_string(expert) +
+                   " is not loaded");
+}
+
+std::vector<ExpertRegion> Experts::regions(int64_t layer, int64_t expert) const {
+  check_process();
+  check_loaded(layer, expert);
+  return weights_.regions(layer, expert);
+}
+
+void Experts::dequantise(int64_t layer, int64_t expert, float* gate, float* up, float* down) const {
+  check_loaded(layer, expert);
   weights_.unpack(layer, expert, gate, up, down);
 }
 
@@ -188,6 +202,16 @@ void Experts::check_call(const LayerCall& call) const {
 Ticket Experts::submit(const LayerCall& call) {
   check_call(call);
   return queue_.submit([this, call] { runner_.run(call); });
+}
+
+Ticket Experts::enqueue(std::function<void()> job) {
+  check_process();
+  return queue_.submit(std::move(job));
+}
+
+void Experts::compute(const LayerCall& call) {
+  check_call(call);
+  runner_.run(call);
 }
 
 double Experts::read_weights_seconds(int loop) {

@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -22,11 +23,13 @@ namespace hybridk2 {
 class Experts {
  public:
   // isa: "" for HYBRIDK2_ISA or the fastest. threads: 0 for one per usable core. nodes: each holds
-  // and computes a slice of every expert. Throws std::invalid_argument, ConfigurationError,
+  // and computes a slice of every expert. elsewhere: for each expert of each layer, whether another
+  // place keeps and computes it; empty: none is. Throws std::invalid_argument, ConfigurationError,
   // OutOfMemoryError.
   Experts(const ExpertsShape& shape, const std::string& isa, int threads, bool huge_pages,
-          const std::vector<Node>& nodes = usable_nodes());
+          const std::vector<Node>& nodes = usable_nodes(), const std::vector<bool>& elsewhere = {});
 
+  const ExpertsShape& shape() const { return weights_.shape(); }
   const char* isa() const { return kernels_.isa; }
   int threads() const { return pool_.threads(); }
   const std::vector<int>& threads_of_node() const { return plan_.threads_of_node; }
@@ -43,6 +46,9 @@ class Experts {
   // of what its node will read. Any thread, different experts at the same time; each expert once.
   void load(int64_t layer, int64_t expert, const ExpertMatrices& matrices);
 
+  // Where a loaded expert lies, as long as this object lives.
+  std::vector<ExpertRegion> regions(int64_t layer, int64_t expert) const;
+
   // The weights as the panels hold them, dequantised: gate and up (intermediate, hidden), down
   // (hidden, intermediate).
   void dequantise(int64_t layer, int64_t expert, float* gate, float* up, float* down) const;
@@ -50,6 +56,11 @@ class Experts {
   // Checks the call and starts it. out[t] = sum over t's experts, in ascending id, of
   // weight * down(silu(gate x) * up x).
   Ticket submit(const LayerCall& call);
+
+  // For those who bring calls from elsewhere than a caller: a job for the queue's thread, and, only
+  // within such a job, a call that is checked and computed there. What either throws is the job's.
+  Ticket enqueue(std::function<void()> job);
+  void compute(const LayerCall& call);
 
   // Reads all weights once with every thread, by read loop `loop` (read_roof.h), and returns the
   // seconds it took: what a decode step could reach at best.
@@ -63,6 +74,7 @@ class Experts {
  private:
   void check_process() const;
   void check_location(int64_t layer, int64_t expert) const;
+  void check_loaded(int64_t layer, int64_t expert) const;
   void check_call(const LayerCall& call) const;
   void try_gigabyte_pages();
   void pack_on_nodes(int64_t layer, int64_t expert, const ExpertMatrices& matrices);

@@ -35,6 +35,10 @@ class Job {
   // The same, without throwing; in a child of fork() it returns at once.
   void finish();
   bool done() const { return done_.load(); }
+  // Whether the job is done within the timeout; throws nothing of what it threw.
+  bool wait_for(std::chrono::nanoseconds timeout) {
+    return done_bell_.wait_for([this] { return done_.load(); }, waiter_spin_, timeout);
+  }
   // When a job that is done ran, from its first moment to its last. Throws StateError before.
   WorkTimes times() const;
 

@@ -53,10 +53,40 @@ StripRange share(int64_t total, int64_t threads_before, int64_t threads, int64_t
   return {first, cut(threads_before + threads) - first};
 }
 
+// Numbers those that are here, in order; -1: elsewhere.
+std::vector<int64_t> places(const ExpertsShape& shape, const std::vector<bool>& elsewhere) {
+  if (elsewhere.empty()) return {};
+  const int64_t experts = multiply_or_throw({shape.num_layers, shape.num_experts});
+  if (static_cast<int64_t>(elsewhere.size()) != experts) {
+    throw std::invalid_argument("elsewhere: expected " + std::to_string(experts) +
+                                " values, found " + std::to_string(elsewhere.size()));
+  }
+  std::vector<int64_t> places;
+  int64_t next = 0;
+  for (const bool is_elsewhere : elsewhere) places.push_back(is_elsewhere ? -1 : next++);
+  return places;
+}
+
 }  // namespace
 
-Weights::Weights(const ExpertsShape& shape, const ThreadPlan& plan, bool huge_pages)
-    : shape_(checked(shape)) {
+int64_t expert_bytes(const ExpertsShape& shape) {
+  return strips_of_gate_up(shape) * gate_up_strip_bytes(shape) +
+         strips_of_down(shape) * down_strip_bytes(shape);
+}
+
+void pack_expert(const ExpertsShape& shape, const ExpertMatrices& matrices, uint8_t* out) {
+  pack_strips({matrices.gate, 0, kPanelRows}, {matrices.up, 0, kPanelRows},
+              strips_of_gate_up(shape), shape.hidden, out);
+  pack_strips({matrices.down, 0, kStripRows}, {matrices.down, kPanelRows, kStripRows},
+              strips_of_down(shape), shape.intermediate,
+              out + strips_of_gate_up(shape) * gate_up_strip_bytes(shape));
+}
+
+Weights::Weights(const ExpertsShape& shape, const ThreadPlan& plan, bool huge_pages,
+                 const std::vector<bool>& elsewhere)
+    : shape_(checked(shape)), places_(places(shape, elsewhere)) {
+  const int64_t held = multiply_or_throw({shape.num_layers, shape.num_experts}) -
+                       std::count(elsewhere.begin(), elsewhere.end(), true);
   const int64_t all_threads = static_cast<int64_t>(plan.workers.size());
   int64_t threads_before = 0;
   for (size_t node = 0; node < plan.nodes.size(); ++node) {
@@ -70,10 +100,9 @@ Weights::Weights(const ExpertsShape& shape, const ThreadPlan& plan, bool huge_pa
     threads_before += threads;
   }
   for (size_t node = 0; node < plan.nodes.size(); ++node) {
-    arenas_.push_back(std::make_unique<Arena>(
-        "the routed experts' weights",
-        multiply_or_throw({shape.num_layers, shape.num_experts, slices_[node].bytes}), huge_pages,
-        plan.nodes[node].number));
+    arenas_.push_back(std::make_unique<Arena>("the routed experts' weights",
+                                              multiply_or_throw({held, slices_[node].bytes}),
+                                              huge_pages, plan.nodes[node].number));
   }
 }
 
@@ -84,7 +113,7 @@ int64_t Weights::bytes() const {
 }
 
 uint8_t* Weights::gate_up(int node, int64_t layer, int64_t expert) const {
-  return arenas_[node]->data() + (layer * shape_.num_experts + expert) * slices_[node].bytes;
+  return arenas_[node]->data() + place(layer, expert) * slices_[node].bytes;
 }
 
 uint8_t* Weights::down(int node, int64_t layer, int64_t expert) const {
@@ -106,6 +135,31 @@ void Weights::pack(int node, int64_t layer, int64_t expert, const ExpertMatrices
                 count, shape_.intermediate,
                 down(node, layer, expert) + first * down_strip_bytes(shape_));
   }
+}
+
+std::vector<ExpertRegion> Weights::regions(int64_t layer, int64_t expert) const {
+  const int64_t down_begin = strips_of_gate_up(shape_) * gate_up_strip_bytes(shape_);
+  std::vector<ExpertRegion> found;
+  const auto add = [&](const uint8_t* begin, int64_t bytes, int64_t offset) {
+    if (bytes == 0) return;
+    if (!found.empty() && found.back().begin + found.back().bytes == begin &&
+        found.back().offset + found.back().bytes == offset) {
+      found.back().bytes += bytes;
+    } else {
+      found.push_back({begin, bytes, offset});
+    }
+  };
+  for (int node = 0; node < nodes(); ++node) {
+    const ExpertSlice& slice = slices_[node];
+    add(gate_up(node, layer, expert), slice.gate_up_bytes,
+        slice.gate_up.first * gate_up_strip_bytes(shape_));
+  }
+  for (int node = 0; node < nodes(); ++node) {
+    const ExpertSlice& slice = slices_[node];
+    add(down(node, layer, expert), slice.bytes - slice.gate_up_bytes,
+        down_begin + slice.down.first * down_strip_bytes(shape_));
+  }
+  return found;
 }
 
 void Weights::unpack(int64_t layer, int64_t expert, float* gate, float* up, float* down_out) const {

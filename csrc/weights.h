@@ -1,6 +1,9 @@
 // The routed experts' weights: every NUMA node holds a slice of every expert, and its threads alone
 // read it. Knows how strips are dealt to nodes and lie in memory, not what is computed with them.
 //
+// Experts that another place keeps take no memory: those that are here lie without gaps, layer by
+// layer, each layer's in ascending order.
+//
 // A slice is whole strips: of gate and up, which give some columns of the intermediates, and of
 // down, which give some rows of the output. No sum is split, so results are the same, bit for bit,
 // however many nodes there are, and all that crosses nodes are activations: of a token in K2 14 KB
@@ -37,6 +40,17 @@ struct ExpertMatrices {
   PackedMatrix down;  // (hidden, intermediate)
 };
 
+// An expert as one node would hold it: all strips of gate and up, then all of down.
+int64_t expert_bytes(const ExpertsShape& shape);
+void pack_expert(const ExpertsShape& shape, const ExpertMatrices& matrices, uint8_t* out);
+
+// A piece of an expert in memory, and where it begins in the expert as one node would hold it.
+struct ExpertRegion {
+  const uint8_t* begin;
+  int64_t bytes;
+  int64_t offset;
+};
+
 // Strips [first, first + count) of a matrix.
 struct StripRange {
   int64_t first;
@@ -56,17 +70,20 @@ struct ExpertSlice {
 
 class Weights {
  public:
-  // A slice on each of the plan's nodes, in proportion to its threads. Throws
-  // std::invalid_argument, OutOfMemoryError.
-  Weights(const ExpertsShape& shape, const ThreadPlan& plan, bool huge_pages);
+  // A slice on each of the plan's nodes, in proportion to its threads. elsewhere: for each expert
+  // of each layer, whether another place keeps it; empty: none is. Throws std::invalid_argument,
+  // OutOfMemoryError.
+  Weights(const ExpertsShape& shape, const ThreadPlan& plan, bool huge_pages,
+          const std::vector<bool>& elsewhere = {});
 
   const ExpertsShape& shape() const { return shape_; }
   int nodes() const { return static_cast<int>(slices_.size()); }
   const ExpertSlice& slice(int node) const { return slices_[node]; }
   Arena& arena(int node) const { return *arenas_[node]; }
   int64_t bytes() const;
+  bool is_elsewhere(int64_t layer, int64_t expert) const { return place(layer, expert) < 0; }
 
-  // Strips of gate and up of an expert on a node, and those of down.
+  // Strips of gate and up of an expert on a node, and those of down. The expert is here.
   uint8_t* gate_up(int node, int64_t layer, int64_t expert) const;
   uint8_t* down(int node, int64_t layer, int64_t expert) const;
 
@@ -75,12 +92,21 @@ class Weights {
   void pack(int node, int64_t layer, int64_t expert, const ExpertMatrices& matrices, int64_t begin,
             int64_t end) const;
 
+  // Where the expert lies: on each node at most two pieces, in ascending order of offsets.
+  std::vector<ExpertRegion> regions(int64_t layer, int64_t expert) const;
+
   // An expert as its panels hold it, dequantised: gate and up (intermediate, hidden), down (hidden,
   // intermediate).
   void unpack(int64_t layer, int64_t expert, float* gate, float* up, float* down) const;
 
  private:
+  int64_t place(int64_t layer, int64_t expert) const {
+    const int64_t number = layer * shape_.num_experts + expert;
+    return places_.empty() ? number : places_[number];
+  }
+
   ExpertsShape shape_;
+  std::vector<int64_t> places_;  // of each expert among those that are here; empty: all are
   std::vector<ExpertSlice> slices_;
   std::vector<std::unique_ptr<Arena>> arenas_;
 };

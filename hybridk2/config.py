@@ -394,11 +394,21 @@ KIMI_K2_THINKING = K2Config(
 
 DtypeName = Literal["bfloat16", "float32"]
 DeviceName = Literal["auto", "cpu", "cuda"]
+KvDtype = Literal["bf16", "fp8"]
+DenseDtype = Literal["bf16", "int8"]
+HandoffName = Literal["auto", "mailbox", "host-functions", "thread"]
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """The user's choices. None means: let the engine decide from the model and the machine."""
+    """The user's choices. None means: let the engine decide from the model and the machine.
+
+    About a card alone: placement, a file that says which experts live there; keep_host_copy, that
+    these lie in host memory too; kv_dtype and dense, of the latent cache and of the other weights;
+    handoff, how steps of decoding reach the host. defer_experts: of each decoded token, so many
+    routed experts of the lowest weights are added one layer late. fp8, int8 and deferral change the
+    model's answers; they are off unless they are asked for here.
+    """
 
     model: str = "nano"
     dtype: DtypeName = "bfloat16"
@@ -407,18 +417,27 @@ class EngineConfig:
     threads: int | None = None
     context_tokens: int | None = None
     kv_cache_tokens: int | None = None
-    prefill_chunk_tokens: int = 512
+    prefill_chunk_tokens: int | None = None
     huge_pages: bool = True
+    placement: str | None = None
+    keep_host_copy: bool = False
+    kv_dtype: KvDtype = "bf16"
+    dense: DenseDtype = "bf16"
+    handoff: HandoffName = "auto"
+    defer_experts: int = 0
     max_running: int = 8  # requests that compute side by side
     max_queued: int = 64  # requests that may wait beyond those
 
     def __post_init__(self) -> None:
-        if self.dtype not in get_args(DtypeName):
-            raise ConfigError(f"dtype: expected one of {get_args(DtypeName)}, found {self.dtype!r}")
-        if self.device not in get_args(DeviceName):
-            raise ConfigError(
-                f"device: expected one of {get_args(DeviceName)}, found {self.device!r}"
-            )
+        for name, allowed in (
+            *(("dtype", DtypeName), ("device", DeviceName), ("kv_dtype", KvDtype)),
+            *(("dense", DenseDtype), ("handoff", HandoffName)),
+        ):
+            if getattr(self, name) not in get_args(allowed):
+                found = getattr(self, name)
+                raise ConfigError(f"{name}: expected one of {get_args(allowed)}, found {found!r}")
+        if self.defer_experts < 0:
+            raise ConfigError(f"defer_experts: expected 0 or more, found {self.defer_experts}")
         for name in (
             *("threads", "context_tokens", "kv_cache_tokens", "prefill_chunk_tokens"),
             *("max_running", "max_queued"),
@@ -426,3 +445,29 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}: expected at least 1, found {value}")
+
+    @property
+    def about_a_card(self) -> tuple[str, ...]:
+        """The command line's options for what was chosen here and means nothing without a card."""
+        chosen = (
+            ("--placement", self.placement is not None),
+            ("--keep-host-copy", self.keep_host_copy),
+            ("--kv-dtype", self.kv_dtype != "bf16"),
+            ("--dense", self.dense != "bf16"),
+            ("--handoff", self.handoff not in ("auto", "thread")),
+        )
+        return tuple(option for option, is_chosen in chosen if is_chosen)
+
+    @property
+    def approximations(self) -> tuple[str, ...]:
+        """What was chosen here that changes the model's answers, in words."""
+        chosen = (
+            ("the latent cache is kept in fp8 (--kv-dtype fp8)", self.kv_dtype == "fp8"),
+            ("weights other than routed experts are int8 (--dense int8)", self.dense == "int8"),
+            (
+                f"{self.defer_experts} routed experts of each decoded token are added one layer "
+                f"late (--defer-experts {self.defer_experts})",
+                self.defer_experts > 0,
+            ),
+        )
+        return tuple(words for words, is_chosen in chosen if is_chosen)

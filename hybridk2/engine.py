@@ -17,27 +17,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-import psutil
 import torch
 
 from hybridk2.checkpoint import Checkpoint, locate_model
 from hybridk2.config import EngineConfig, K2Config
-from hybridk2.device import select_device
+from hybridk2.engine_parts import EngineParts, load_parts
 from hybridk2.engine_stats import EngineStats, Totals
-from hybridk2.errors import (
-    ConfigError,
-    DeadlineError,
-    EngineError,
-    HybridK2Error,
-    ReplyError,
-)
+from hybridk2.errors import DeadlineError, EngineError, HybridK2Error, ReplyError
 from hybridk2.execution import Execution, step_error
-from hybridk2.experts.host import HostExperts, reserved_page_bytes, usable_cores
-from hybridk2.experts.loading import LoadProgress, check_memory, load_experts
-from hybridk2.kv_cache import PAGE_TOKENS, PagedLatentCache
-from hybridk2.model.k2 import K2Model
+from hybridk2.experts.host import HostExperts
+from hybridk2.experts.loading import LoadProgress
+from hybridk2.kv_cache import PAGE_TOKENS
 from hybridk2.model.layers import DECODE_ROWS
-from hybridk2.model.loading import dense_bytes, dense_threads, load_model
 from hybridk2.request import FinishReason, Generation, Task, check_prompt
 from hybridk2.sampling import (
     GeneratedToken,
@@ -51,30 +42,25 @@ from hybridk2.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
-# Where the user sets no context: as much as a long conversation needs, 2.3 GB of cache for K2. The
-# model's own limit of 262,144 tokens would be 18 GB.
-_DEFAULT_CONTEXT_TOKENS = 32_768
-
 
 class Engine:
     """A loaded model and its running requests. Its methods may be called from any thread."""
 
     def __init__(
         self,
-        model: K2Model,
-        experts: HostExperts,
-        cache: PagedLatentCache,
+        parts: EngineParts,
         eos_token_ids: Sequence[int],
-        context_tokens: int,
         max_running: int,
         max_queued: int,
     ) -> None:
-        """context_tokens: no more than the cache holds are of use."""
+        model, cache = parts.model, parts.cache
         self.config: K2Config = model.config
-        self.context_tokens = min(context_tokens, cache.capacity_tokens)
+        # No more than the cache holds are of use.
+        self.context_tokens = min(parts.context_tokens, cache.capacity_tokens)
         self.eos_token_ids = tuple(eos_token_ids)
         self._model = model
-        self.experts = experts
+        self._parts = parts
+        self.experts: HostExperts = parts.experts
         self._cache = cache
         self._execution = Execution(model, cache)
         self._scheduler: Scheduler[Generation] = Scheduler(max_running, max_queued)
@@ -94,66 +80,8 @@ class Engine:
         with the checkpoint, the choices or the machine's memory, before large memory is taken.
         """
         with Checkpoint.open(locate_model(choices.model)) as checkpoint:
-            return cls._from_checkpoint(checkpoint, choices, on_progress)
-
-    @classmethod
-    def _from_checkpoint(
-        cls,
-        checkpoint: Checkpoint,
-        choices: EngineConfig,
-        on_progress: Callable[[LoadProgress], None] | None,
-    ) -> Engine:
-        config = checkpoint.config
-        device = select_device(choices.device)
-        context_tokens = _context_tokens(choices, config)
-        chunk_tokens = -(-choices.prefill_chunk_tokens // PAGE_TOKENS) * PAGE_TOKENS
-        dtype = getattr(torch, choices.dtype)
-        cache_tokens = choices.kv_cache_tokens or 2 * context_tokens
-        available_bytes = psutil.virtual_memory().available
-        if choices.huge_pages:
-            available_bytes += min(reserved_page_bytes(), checkpoint.expert_bytes)
-        check_memory(
-            checkpoint,
-            available_bytes,
-            dense_bytes=dense_bytes(checkpoint, dtype),
-            cache_bytes=PagedLatentCache.bytes_for(config, cache_tokens, dtype),
-        )
-        threads = choices.threads or usable_cores()
-        torch.set_num_threads(dense_threads(checkpoint, threads))
-        experts = HostExperts(
-            config.num_moe_layers,
-            config.n_routed_experts,
-            config.hidden_size,
-            config.moe_intermediate_size,
-            isa=choices.isa,
-            threads=threads,
-            huge_pages=choices.huge_pages,
-        )
-        try:
-            load_experts(checkpoint, experts, on_progress or (lambda progress: None))
-            model = load_model(checkpoint, experts, device, dtype, on_progress)
-            cache = PagedLatentCache(config, cache_tokens, chunk_tokens, device, dtype)
-        except BaseException:
-            experts.close()
-            raise
-        logger.info(
-            "model %s: %s activations on %s, %d threads, context %d tokens, cache %d tokens",
-            choices.model,
-            choices.dtype,
-            device.name,
-            threads,
-            context_tokens,
-            cache.capacity_tokens,
-        )
-        return cls(
-            model,
-            experts,
-            cache,
-            checkpoint.eos_token_ids,
-            context_tokens,
-            choices.max_running,
-            choices.max_queued,
-        )
+            parts = load_parts(checkpoint, choices, on_progress or (lambda progress: None))
+            return cls(parts, checkpoint.eos_token_ids, choices.max_running, choices.max_queued)
 
     def submit(
         self,
@@ -302,9 +230,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """See EngineStats. Any thread may call it; it never waits for a step."""
-        config = self.config
-        num_experts = config.num_moe_layers * config.n_routed_experts
-        expert_bytes = self.experts.weight_bytes // max(num_experts, 1)
+        experts_read, on_host = self._model.experts_read, self._model.host_experts_read
         with self._lock:
             scheduler, totals = self._scheduler, self._totals
             return EngineStats(
@@ -321,8 +247,8 @@ class Engine:
                 requests_total=dict(totals.requests),
                 steps_total=totals.steps,
                 step_seconds_total=totals.step_seconds,
-                expert_bytes_total=self._model.experts_read * expert_bytes,
-                host_expert_share=1.0,
+                expert_bytes_total=experts_read * self.experts.expert_bytes,
+                host_expert_share=on_host / experts_read if experts_read else 1.0,
             )
 
     def record_times(self, timeline: Timeline | None) -> None:
@@ -354,7 +280,7 @@ class Engine:
             with self._lock:
                 for generation in list(self._scheduler.requests()):
                     self._end(generation, "cancelled")
-            self.experts.close()
+            self._parts.close()
 
     def _start_waiting(self) -> None:
         with self._lock:
@@ -502,15 +428,3 @@ class Engine:
                 generation.error = how
             else:
                 generation.finish_reason = how
-
-
-def _context_tokens(choices: EngineConfig, config: K2Config) -> int:
-    longest = config.max_position_embeddings
-    if choices.context_tokens is None:
-        return min(longest, _DEFAULT_CONTEXT_TOKENS)
-    if choices.context_tokens > longest:
-        raise ConfigError(
-            f"context: {choices.context_tokens} tokens asked for, the model was trained for "
-            f"{longest} at most"
-        )
-    return choices.context_tokens

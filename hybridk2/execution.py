@@ -77,17 +77,16 @@ class Execution:
     def decode(self, generations: Sequence[Generation]) -> Tensor:
         """Run the next pending token of each request, for which there is room in each sequence.
 
-        Returns the logits after them: (requests, vocab) fp32 on the host. A failed call leaves
-        all requests as they were.
+        Returns the logits after them: (requests, vocab) fp32 on the host, which the next call may
+        overwrite. A failed call leaves all requests as they were.
         """
         sequences = [g.sequence for g in generations if g.sequence is not None]
         token_ids = [generation.pending_ids[0] for generation in generations]
-        hidden = self._model.decode(
+        logits = self._model.decode(
             token_ids,
             sequences,
             rows_are_independent=any(g.task.repeatable for g in generations),
         )
-        logits = self._model.logits(hidden)[: len(token_ids)].cpu()
         for generation, sequence in zip(generations, sequences, strict=True):
             sequence.advance([generation.pending_ids.popleft()])
         return logits

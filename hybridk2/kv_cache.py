@@ -16,7 +16,7 @@ from __future__ import annotations
 import array
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -39,6 +39,33 @@ class _Page:
     parent: bytes = _ROOT  # hash of everything before the page
     digest: bytes = _ROOT  # hash up to its end; only full pages are known by it
     tokens: tuple[int, ...] = ()
+
+
+def _as_it_is(latents: Tensor) -> Tensor:
+    return latents
+
+
+@dataclass(frozen=True)
+class LatentFormat:
+    """How a token's latents lie in the cache: `width` values of `dtype` in each layer.
+
+    encode: (..., latent_dim) in the activations' dtype to (..., width) of dtype. decode: back.
+    """
+
+    dtype: torch.dtype
+    width: int
+    encode: Callable[[Tensor], Tensor] = _as_it_is
+    decode: Callable[[Tensor], Tensor] = _as_it_is
+
+    @classmethod
+    def plain(cls, config: K2Config, dtype: torch.dtype) -> LatentFormat:
+        """As attention makes them."""
+        return cls(dtype, config.latent_dim)
+
+    def bytes_for(self, config: K2Config, capacity_tokens: int) -> int:
+        """What a cache of that capacity takes once all of it is in use."""
+        tokens = (_pages_for(capacity_tokens) + 1) * PAGE_TOKENS
+        return config.num_hidden_layers * tokens * self.width * self.dtype.itemsize
 
 
 def _pages_for(tokens: int) -> int:
@@ -68,29 +95,46 @@ class PagedLatentCache:
         chunk_tokens: int,
         device: Device,
         dtype: torch.dtype,
+        latent_format: LatentFormat | None = None,
     ) -> None:
-        """chunk_tokens: the aligned chunk that prefill computes; a multiple of PAGE_TOKENS."""
+        """chunk_tokens: the aligned chunk that prefill computes; a multiple of PAGE_TOKENS. dtype:
+        of activations. latent_format: None keeps latents as attention makes them."""
         assert chunk_tokens % PAGE_TOKENS == 0, f"{chunk_tokens=} is not whole pages"
+        latent_format = latent_format or LatentFormat.plain(config, dtype)
         num_pages = _pages_for(capacity_tokens)
         self.capacity_tokens = num_pages * PAGE_TOKENS
         self.chunk_tokens = chunk_tokens
-        # Not initialised: a page costs memory from its first use on.
+        # Not initialised: a page costs memory from its first use on. The last one is nobody's.
         self._latents = torch.empty(
-            (config.num_hidden_layers, num_pages, PAGE_TOKENS, config.latent_dim),
-            dtype=dtype,
+            (config.num_hidden_layers, num_pages + 1, PAGE_TOKENS, latent_format.width),
+            dtype=latent_format.dtype,
             device=device.torch_device,
         )
+        self.num_pages = num_pages
+        self.latent_format = latent_format
         self._pages = [_Page() for _ in range(num_pages)]
         self._free = list(range(num_pages - 1, -1, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()  # known, held by nobody, oldest first
         self._by_digest: dict[bytes, int] = {}
         self._children: dict[bytes, list[int]] = {}  # known pages by the hash before them
 
-    @staticmethod
-    def bytes_for(config: K2Config, capacity_tokens: int, dtype: torch.dtype) -> int:
-        """What a cache of that capacity takes once all of it is in use."""
-        tokens = _pages_for(capacity_tokens) * PAGE_TOKENS
-        return config.num_hidden_layers * tokens * config.latent_dim * dtype.itemsize
+    @property
+    def nobodys_row(self) -> int:
+        """Where `write_rows` puts what is to be forgotten."""
+        return self.num_pages * PAGE_TOKENS
+
+    def latents(self, layer: int) -> Tensor:
+        """One layer's memory: (pages, PAGE_TOKENS, width of the format), by sequences' page ids."""
+        return self._latents[layer]
+
+    def write_rows(self, layer: int, rows: Tensor, latents: Tensor) -> None:
+        """Store one layer's latents of single tokens, by indices alone.
+
+        rows: (tokens,) int64 on the device, CacheSequence.next_row of each token's sequence.
+        latents: (tokens, latent_dim).
+        """
+        encoded = self.latent_format.encode(latents)
+        self._latents[layer].flatten(0, 1).index_copy_(0, rows, encoded)
 
     @property
     def available_tokens(self) -> int:
@@ -244,6 +288,21 @@ class CacheSequence:
         """Tokens that its pages have room for, the present ones included."""
         return len(self._pages) * PAGE_TOKENS
 
+    @property
+    def cache(self) -> PagedLatentCache:
+        return self._cache
+
+    @property
+    def page_ids(self) -> Sequence[int]:
+        """Its pages in order. Until it is closed they are only ever added to."""
+        return self._pages
+
+    @property
+    def next_row(self) -> int:
+        """Where the next token's latents belong, for which there is room: a row of all pages."""
+        page, row = divmod(self.length, PAGE_TOKENS)
+        return self._pages[page] * PAGE_TOKENS + row
+
     def reserve(self, tokens: int) -> None:
         """Make room for that many tokens after the present ones. Raises EngineError when full."""
         while self.held_tokens < self.length + tokens:
@@ -254,6 +313,7 @@ class CacheSequence:
         start, end = self.length, self.length + latents.shape[0]
         assert end <= len(self._pages) * PAGE_TOKENS, "reserve() comes before write()"
         storage = self._cache._latents[layer]
+        latents = self._cache.latent_format.encode(latents)
         for first in range(start - start % PAGE_TOKENS, end, PAGE_TOKENS):
             low, high = max(first, start), min(first + PAGE_TOKENS, end)
             page = storage[self._pages[first // PAGE_TOKENS]]
@@ -271,8 +331,8 @@ class CacheSequence:
         for first_page in range(0, _pages_for(self._written), pages_per_block):
             pages = self._pages[first_page : first_page + pages_per_block]
             first = first_page * PAGE_TOKENS
-            block = storage[pages].flatten(0, 1)
-            yield first, block[: self._written - first]
+            block = storage[pages].flatten(0, 1)[: self._written - first]
+            yield first, self._cache.latent_format.decode(block)
 
     def advance(self, token_ids: Sequence[int]) -> None:
         """The tokens that were written to every layer now belong to the past."""

@@ -55,6 +55,22 @@ class Placement:
             mask[layer, list(ids)] = True
         return mask
 
+    def check_model(self, path: Path, model: str, layers: int, experts: int) -> None:
+        """Raises TuningError, naming the file it came from, if it was made for another model than
+        the one with this routing fingerprint and so many MoE layers of so many experts."""
+        found = (len(self.resident), self.experts)
+        if found != (layers, experts):
+            what = (
+                f"{found[0]} layers of {found[1]} experts, and this model has {layers} of {experts}"
+            )
+        elif self.model != model:
+            what = f"a model that routes by {self.model[:12]}, and this one by {model[:12]}"
+        else:
+            return
+        raise TuningError(
+            f"{path}: this placement was made for {what}. `hybridk2 tune` makes one for this model"
+        )
+
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all. Raises TuningError when the disk refuses."""
         content = asdict(self)

@@ -23,6 +23,7 @@ Phase = Literal[
     "waiting",  # for the host's experts
     "adding",  # the host's share, and the block to the hidden state
     "head",  # final norm and logits
+    "recorded step",  # embedding to logits as one, where a device replays it
     "sampling",
 ]
 

@@ -1,9 +1,13 @@
-"""Fixtures that more than one test file needs."""
+"""Fixtures that more than one test file needs, and how Triton runs in the whole test process."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+# Read when Triton is imported, by whomever: see triton_kernels.py.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -296,10 +296,10 @@ def test_reserved_pages_count_as_room_for_the_experts_if_they_may_lie_there(
         offered.append(available_bytes)
         raise OutOfMemoryError("as if it did not fit")
 
-    monkeypatch.setattr("hybridk2.engine.check_memory", refuse)
-    monkeypatch.setattr("hybridk2.engine.reserved_page_bytes", lambda: 1 << 40)
+    monkeypatch.setattr("hybridk2.engine_parts.host.check_memory", refuse)
+    monkeypatch.setattr("hybridk2.engine_parts.parts.reserved_page_bytes", lambda: 1 << 40)
     monkeypatch.setattr(
-        "hybridk2.engine.psutil.virtual_memory", lambda: SimpleNamespace(available=1000)
+        "hybridk2.engine_parts.parts.psutil.virtual_memory", lambda: SimpleNamespace(available=1000)
     )
     with pytest.raises(OutOfMemoryError, match="as if"):
         Engine.load(EngineConfig(model=str(small_checkpoint), huge_pages=huge_pages))

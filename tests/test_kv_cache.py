@@ -9,7 +9,7 @@ import torch
 from hybridk2.config import K2Config
 from hybridk2.device import CpuDevice
 from hybridk2.errors import EngineError
-from hybridk2.kv_cache import PAGE_TOKENS, CacheSequence, PagedLatentCache
+from hybridk2.kv_cache import PAGE_TOKENS, CacheSequence, LatentFormat, PagedLatentCache
 from tests.test_config import K2_THINKING
 
 CHUNK = 2 * PAGE_TOKENS
@@ -163,3 +163,39 @@ def test_random_conversations_always_read_what_they_wrote() -> None:
         run(cache, ids, repeatable=bool(draw(2)), mark=step)
         past.append(ids)
         assert cache.available_tokens == 12 * PAGE_TOKENS, "a page leaked"
+
+
+def halves(latents: torch.Tensor) -> torch.Tensor:
+    return (latents / 2).to(torch.float64)
+
+
+def doubles(stored: torch.Tensor) -> torch.Tensor:
+    return (stored * 2).float()
+
+
+def test_latents_are_kept_in_their_format_and_come_back_in_the_activations() -> None:
+    """A format's ways in and out lie between attention and memory, pages and single rows alike."""
+    kept = LatentFormat(torch.float64, CONFIG.latent_dim, halves, doubles)
+    cache = PagedLatentCache(CONFIG, 1024, CHUNK, CpuDevice(), torch.float32, kept)
+    sequence = cache.open([0], repeatable=False)
+    extend(sequence, list(range(70)))
+    sequence.reserve(1)
+    single = latents_of([70], 70, 0, 0)
+    cache.write_rows(0, torch.tensor([sequence.next_row]), single)
+    row = cache.latents(0).flatten(0, 1)[sequence.next_row]
+    assert torch.equal(row, halves(single)[0])
+    sequence.advance([70])
+    torch.testing.assert_close(contents(sequence, 0), latents_of(list(range(71)), 0, 0, 0))
+    layers, width = CONFIG.num_hidden_layers, CONFIG.latent_dim
+    assert kept.bytes_for(CONFIG, 1024) == layers * (1024 + PAGE_TOKENS) * width * 8
+    assert kept.bytes_for(CONFIG, 1024) == cache._latents.nbytes
+
+
+def test_what_nobody_wants_is_written_where_no_sequence_reads() -> None:
+    cache = make_cache(4 * PAGE_TOKENS)
+    sequence = cache.open([0], repeatable=False)
+    ids = list(range(4 * PAGE_TOKENS))
+    extend(sequence, ids)
+    rows = torch.full((3,), cache.nobodys_row)
+    cache.write_rows(0, rows, torch.full((3, CONFIG.latent_dim), float("nan")))
+    torch.testing.assert_close(contents(sequence, 0), latents_of(ids, 0, 0, 0))

@@ -1,18 +1,21 @@
 """All routed experts arrive once, whole and in their slots, or loading stops with the reason."""
 
+import ctypes
 import os
 import shutil
 import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 
 from hybridk2.checkpoint import Checkpoint, LoadProgress
-from hybridk2.errors import CheckpointError, OutOfMemoryError
-from hybridk2.experts.loading import check_memory, load_experts
+from hybridk2.errors import CheckpointError, EngineError, OutOfMemoryError, TuningError
+from hybridk2.experts.loading import check_memory, load_experts, load_placement
+from hybridk2.placement import Placement
 from hybridk2.synthesis import synthesize, synthetic_config
 
 
@@ -83,6 +86,84 @@ def test_the_experts_kept_by_the_extension_are_those_of_the_checkpoint(small_che
                 assert torch.equal(weights, expected), (slot, number)
 
 
+@pytest.mark.parametrize("keep_host_copy", [False, True])
+@pytest.mark.parametrize("residents", ["none", "some", "all"])
+def test_experts_go_where_the_placement_says_and_to_the_host_only_if_asked_or_none_of_it(
+    small_checkpoint, residents, keep_host_copy
+):
+    host = pytest.importorskip("hybridk2.experts.host", reason="the extension is not built")
+    from hybridk2.device import CpuDevice
+    from hybridk2.experts.resident import ResidentExperts
+
+    checkpoint = Checkpoint.open(small_checkpoint)
+    config = checkpoint.config
+    shape = (config.num_moe_layers, config.n_routed_experts)
+    sizes = (config.hidden_size, config.moe_intermediate_size)
+    mask = np.full(shape, residents == "all")
+    if residents == "some":
+        mask[0, [0, 3]] = mask[1, 7] = True
+    resident = ResidentExperts(mask, *sizes, CpuDevice())
+    elsewhere = None if keep_host_copy else mask
+    with host.HostExperts(*shape, *sizes, threads=2, elsewhere=elsewhere) as experts:
+        reports: list[LoadProgress] = []
+        load_experts(
+            checkpoint, experts, reports.append, resident=resident, keep_host_copy=keep_host_copy
+        )
+        resident.check_loaded()
+        assert reports[-1].done_bytes == checkpoint.expert_bytes
+        on_host = np.ones(shape, bool) if keep_host_copy else ~mask
+        assert experts.weight_bytes == on_host.sum() * experts.expert_bytes
+        for slot, number in np.ndindex(shape):
+            stored = checkpoint.expert(slot + 1, number)
+            packed = experts.pack_expert(stored.gate, stored.up, stored.down)
+            if mask[slot, number]:
+                assert torch.equal(resident.panel(slot, number), packed)
+            if on_host[slot, number]:
+                [region] = experts.expert_regions(slot, number)
+                assert ctypes.string_at(region.address, region.bytes) == packed.numpy().tobytes()
+            else:
+                with pytest.raises(EngineError, match=r"is not loaded"):
+                    experts.expert_regions(slot, number)
+
+
+def test_a_placement_is_of_the_very_model_or_refused_by_the_name_of_its_file(
+    small_checkpoint, tmp_path
+):
+    checkpoint = Checkpoint.open(small_checkpoint)
+    path, mask = tmp_path / "day.json", np.zeros((2, 8), bool)
+    mask[1, 5] = True
+    fingerprint = checkpoint.routing_fingerprint()
+    Placement.from_mask(fingerprint, "frequency", mask).save(path)
+    assert np.array_equal(load_placement(path, checkpoint).mask(), mask)
+
+    synthesize(tmp_path / "other", synthetic_config("tiny"), seed=1)
+    with pytest.raises(
+        TuningError, match=r"day\.json: .* made for a model that routes by"
+    ) as error:
+        load_placement(path, Checkpoint.open(tmp_path / "other"))
+    assert fingerprint[:12] in str(error.value)
+
+    Placement.from_mask(fingerprint, "frequency", mask[:, :6]).save(path)
+    with pytest.raises(
+        TuningError, match=r"day\.json: .*2 layers of 6 experts, and this model has 2 of 8\."
+    ):
+        load_placement(path, checkpoint)
+    with pytest.raises(TuningError, match=r"nowhere\.json: cannot be read"):
+        load_placement(tmp_path / "nowhere.json", checkpoint)
+
+
+def test_a_checkpoint_has_the_fingerprint_of_the_model_that_is_loaded_from_it(small_checkpoint):
+    host = pytest.importorskip("hybridk2.experts.host", reason="the extension is not built")
+    from hybridk2.device import CpuDevice
+    from hybridk2.model.loading import load_model
+
+    checkpoint = Checkpoint.open(small_checkpoint)
+    with host.HostExperts(2, 8, 64, 32, threads=1) as experts:
+        for dtype in (torch.float32, torch.bfloat16):
+            model = load_model(checkpoint, experts, CpuDevice(), dtype)
+            assert model.routing_fingerprint() == checkpoint.routing_fingerprint()
+
+
 def test_progress_counts_up_to_the_expert_bytes_at_most_ten_times_a_second(small_checkpoint):
     checkpoint, reports = Checkpoint.open(small_checkpoint), list[LoadProgress]()
     load_experts(checkpoint, RecordingStore(delay_seconds=0.03), reports.append, threads=1)
@@ -139,6 +220,10 @@ def test_memory_is_checked_before_loading_and_refused_with_all_numbers(small_che
     check_memory(checkpoint, needed_bytes + 5 * 10**9, cache_bytes=5 * 10**9)
     with pytest.raises(OutOfMemoryError, match=r"5\.00 GB for the latent cache"):
         check_memory(checkpoint, needed_bytes + 4 * 10**9, cache_bytes=5 * 10**9)
+    kept_bytes = checkpoint.expert_bytes // 4
+    check_memory(checkpoint, needed_bytes - 3 * kept_bytes, expert_bytes=kept_bytes)
+    with pytest.raises(OutOfMemoryError, match=r"0\.00 GB for routed experts"):
+        check_memory(checkpoint, needed_bytes - 3 * kept_bytes - 1, expert_bytes=kept_bytes)
     with pytest.raises(OutOfMemoryError, match=r"7\.00 GB for all other weights"):
         check_memory(checkpoint, 7 * 10**9, dense_bytes=7 * 10**9)
 

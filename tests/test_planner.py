@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from hybridk2.checkpoint import Checkpoint, describe_folder
-from hybridk2.config import KIMI_K2_THINKING
+from hybridk2.config import KIMI_K2_THINKING, DenseDtype, KvDtype
 from hybridk2.errors import CheckpointError
 from hybridk2.hardware import gpu_named
 from hybridk2.planner import BUILT_IN, Choices, ModelSizes, Plan, plan
-from hybridk2.planner.sizes import DenseDtype, KvDtype
 from hybridk2.synthesis import synthesize, synthetic_config
 from tests.described_machine import WORKSTATION
 

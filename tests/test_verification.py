@@ -23,7 +23,7 @@ from hybridk2.checkpoint import Checkpoint, ExpertWeights, LayerWeights, LoadPro
 from hybridk2.cli import main
 from hybridk2.config import K2Config
 from hybridk2.errors import CheckpointError, RequestError
-from hybridk2.experts.router import AsyncRouter, PendingExperts
+from hybridk2.experts.router import PendingExperts, ThreadRouter
 from hybridk2.model import attention, layers
 from hybridk2.model.attention import LatentAttention
 from hybridk2.model.moe import MixtureOfExperts
@@ -235,15 +235,15 @@ def wrong_absorbed_form_alone(patch: pytest.MonkeyPatch, checkpoint: Checkpoint)
 
 
 def activations_rounded_to_eight_bits(patch: pytest.MonkeyPatch, checkpoint: Checkpoint) -> None:
-    sound = AsyncRouter.submit
+    sound = ThreadRouter.submit
 
     def faulty(
-        self: AsyncRouter, slot: int, x: Tensor, expert_ids: Tensor, weights: Tensor
+        self: ThreadRouter, slot: int, x: Tensor, expert_ids: Tensor, weights: Tensor
     ) -> PendingExperts:
         step = x.abs().amax(dim=-1, keepdim=True) / 127
         return sound(self, slot, (x / step).round() * step, expert_ids, weights)
 
-    patch.setattr(AsyncRouter, "submit", faulty)
+    patch.setattr(ThreadRouter, "submit", faulty)
 
 
 def everywhere(*parts: str) -> dict[int, set[str]]:
@@ -287,8 +287,9 @@ def test_a_fault_between_the_parts_shows_in_the_layer_output(
     small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def without_shared_expert(self: MixtureOfExperts, x: Tensor, *_: object) -> Tensor:
-        pending = self._experts.submit(self._slot, x, *self.router(x))
-        return self._experts.collect(pending).to(x.dtype)
+        router = self._experts.of_prompts
+        pending = router.submit(self.slot, x, *self.router(x))
+        return router.collect(pending).to(x.dtype)
 
     monkeypatch.setattr(MixtureOfExperts, "forward", without_shared_expert)
     with Checkpoint.open(small_checkpoint) as checkpoint:

@@ -25,10 +25,10 @@ from hybridk2.benchmark.figures import (
     Spread,
     run_seconds,
 )
-from hybridk2.config import EngineConfig, K2Config
+from hybridk2.config import K2Config
 from hybridk2.engine import Engine
 from hybridk2.hardware import MachineProfile, inspect_system
-from hybridk2.planner import Choices, ModelSizes, plan
+from hybridk2.planner import CPU_CHUNK_TOKENS, Choices, ModelSizes, plan
 from hybridk2.request import Generation
 from hybridk2.sampling import SamplingParams
 from hybridk2.timeline import Step, Timeline
@@ -174,7 +174,7 @@ def _warm_up(engine: Engine, prompt: Sequence[int]) -> Generator[Progress, None,
 
     Backwards, the prompt shares no prefix with the one to be measured.
     """
-    backwards = tuple(reversed(prompt))[: EngineConfig.prefill_chunk_tokens]
+    backwards = tuple(reversed(prompt))[:CPU_CHUNK_TOKENS]
     with _submitted(engine, backwards, _WARM_UP_TOKENS) as generation:
         while not generation.done:
             engine.step()

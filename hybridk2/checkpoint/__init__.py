@@ -6,6 +6,7 @@ what is computed with them or where they live afterwards.
 """
 
 from hybridk2.checkpoint.description import FolderDescription, describe_folder
+from hybridk2.checkpoint.fingerprint import routing_fingerprint
 from hybridk2.checkpoint.layout import Layout, QuantizedSpec, Role, TensorSpec
 from hybridk2.checkpoint.location import download_model, locate_model
 from hybridk2.checkpoint.progress import LoadProgress
@@ -37,4 +38,5 @@ __all__ = [
     "describe_folder",
     "download_model",
     "locate_model",
+    "routing_fingerprint",
 ]

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hybridk2.checkpoint.fingerprint import routing_fingerprint
 from hybridk2.checkpoint.folder import CheckpointFolder, open_folder
 from hybridk2.checkpoint.layout import QuantizedSpec, TensorSpec
 from hybridk2.checkpoint.safetensors_file import SafetensorsFile, TensorEntry
@@ -96,6 +97,18 @@ class Checkpoint:
         """bfloat16 (vocab_size, hidden_size)."""
         return self._read(self._layout.lm_head())
 
+    def routing_fingerprint(self) -> str:
+        """Of the routers as `fingerprint.routing_fingerprint` takes it, without reading more of the
+        weights than that needs. Raises CheckpointError naming a tensor that cannot be read."""
+        specs = [
+            self._layout.router(layer)
+            for layer in range(self.config.first_k_dense_replace, self.config.num_hidden_layers)
+        ]
+        return routing_fingerprint(
+            self.config,
+            ((self._read(spec["bias"]), self._first_row(spec["weight"])) for spec in specs),
+        )
+
     def layer(self, layer: int) -> LayerWeights:
         """All weights of decoder layer `layer`, counted from 0, but its routed experts."""
         layout = self._layout
@@ -139,6 +152,12 @@ class Checkpoint:
             shard.read_into(entry.offset + begin, [piece], spec.name)
             _check_finite(piece, shard, spec, entry.dtype, begin)
         return tensor
+
+    def _first_row(self, spec: TensorSpec) -> Tensor:
+        shard, entry = self._contents.find(spec)
+        row = torch.empty(spec.shape[1:], dtype=_TORCH_DTYPES[entry.dtype])
+        shard.read_into(entry.offset, [_bytes_of(row)], spec.name)
+        return row
 
 
 class ExpertReader:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -95,6 +95,7 @@ def bench(
     as_json: bool,
     csv_path: Path | None,
     report: Path | None,
+    **card: Any,
 ) -> None:
     """Measure how fast MODEL reads and decodes here, and what each layer's time goes into.
 
@@ -114,7 +115,11 @@ def bench(
     workload = _workload(model, contexts, tokens, repeat, status)
     try:
         choices = EngineConfig(
-            model=model, dtype=dtype, threads=threads, context_tokens=workload.context_tokens
+            model=model,
+            dtype=dtype,
+            threads=threads,
+            context_tokens=workload.context_tokens,
+            **card,
         )
     except ConfigError as error:
         raise click.UsageError(str(error)) from error

@@ -11,7 +11,7 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
@@ -84,6 +84,7 @@ def chat(
     context: int | None,
     dtype: Literal["bfloat16", "float32"],
     data_home: Path,
+    **card: Any,
 ) -> None:
     """Talk to a model, or ask it one question.
 
@@ -107,7 +108,9 @@ def chat(
     from hybridk2.sessions import Conversation, ConversationStore
 
     try:
-        choices = EngineConfig(model=model, dtype=dtype, threads=threads, context_tokens=context)
+        choices = EngineConfig(
+            model=model, dtype=dtype, threads=threads, context_tokens=context, **card
+        )
         params = SamplingParams(
             temperature=temperature,
             top_p=top_p,

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
@@ -126,6 +126,7 @@ def serve(
     threads: int | None,
     context: int | None,
     dtype: Literal["bfloat16", "float32"],
+    **card: Any,
 ) -> None:
     """Answer over HTTP, with OpenAI's and Anthropic's interfaces.
 
@@ -154,6 +155,7 @@ def serve(
         # The server itself refuses what is beyond the queue; the engine sees requests before it
         # starts them, so its own queue has to hold them all.
         max_queued=capacity,
+        **card,
     )
     settings = ServerSettings(names or (Path(model).name,), cors_origin, request_timeout)
     listening = listen(host, port)

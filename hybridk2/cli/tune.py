@@ -119,6 +119,7 @@ def tune(
     context: int | None,
     dtype: Literal["bfloat16", "float32"],
     config_home: Path,
+    **card_choices: Any,
 ) -> None:
     """Choose which of MODEL's experts to keep on a graphics card, from prompts of your own.
 
@@ -154,7 +155,9 @@ def tune(
     host = _known_host_speed(cpu_gbps, profile)
     trace_path = trace_path or out.with_suffix(".trace")
     if workload is not None:
-        choices = EngineConfig(model=model, threads=threads, context_tokens=context, dtype=dtype)
+        choices = EngineConfig(
+            model=model, threads=threads, context_tokens=context, dtype=dtype, **card_choices
+        )
         host = _record(choices, workload, trace_path, max_tokens, host, status)
     if host is None:
         raise TuningError(

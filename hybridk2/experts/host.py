@@ -1,8 +1,9 @@
 """Routed experts in host memory.
 
 Owns the packed INT4 weights and the queue to the C++ workers; the only file that imports the
-extension. Knows nothing of CUDA or of files: it receives host tensors and returns host tensors. The
-caller (router.py) decides what overlaps with what.
+extension. Knows nothing of CUDA or of files: it receives host tensors and returns host tensors, or
+addresses of a device's, which handoff.py has checked. The caller (router.py) decides what overlaps
+with what.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -19,12 +20,20 @@ from torch import Tensor
 from hybridk2 import _native
 from hybridk2.checkpoint import QuantizedLinear
 from hybridk2.errors import ConfigError, EngineError, OutOfMemoryError
+from hybridk2.placement import Mask
 
 __all__ = [
+    "HANDOFF_TOKENS",
     "READ_LOOPS",
+    "CardPinning",
+    "DeviceStream",
+    "ExpertRegion",
+    "Handoff",
+    "HandoffMechanism",
     "HostExperts",
     "Ticket",
     "available_isas",
+    "card_stream",
     "reserved_page_bytes",
     "usable_cores",
 ]
@@ -32,6 +41,13 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 READ_LOOPS: tuple[str, ...] = tuple(_native.READ_LOOPS)
+
+# Tokens that a handoff takes at once.
+HANDOFF_TOKENS: int = _native.HANDOFF_TOKENS
+
+HandoffMechanism = Literal["host-functions", "mailbox"]
+# What a device does in order, as the extension sees it.
+DeviceStream = _native.DeviceStream
 
 
 def available_isas() -> list[str]:
@@ -47,6 +63,14 @@ def usable_cores() -> int:
 def reserved_page_bytes() -> int:
     """What 1 GB pages that nobody has taken hold: room for weights, but no "available" memory."""
     return _native.free_gigabyte_pages() << 30
+
+
+class ExpertRegion(NamedTuple):
+    """Bytes of an expert in host memory. offset: where they begin in what `pack_expert` returns."""
+
+    address: int
+    bytes: int
+    offset: int
 
 
 class Ticket:
@@ -84,6 +108,7 @@ class HostExperts:
     """All routed experts of the model, packed, with the threads that compute them.
 
     weight_bytes: what the packed weights occupy once all experts are loaded: 4.5 bits per weight.
+    expert_bytes: of one expert.
     isa, threads: what runs. threads_of_node: on each NUMA node, which holds and computes its part
     of every expert. gigabyte_pages: 1 GB pages that weights lie in.
     """
@@ -99,6 +124,7 @@ class HostExperts:
         threads: int | None = None,
         huge_pages: bool = True,
         simulated_nodes: int | None = None,
+        elsewhere: Mask | None = None,
     ) -> None:
         """Reserve the memory and start the threads.
 
@@ -108,7 +134,8 @@ class HostExperts:
         threads: None for one per physical core. huge_pages: 2 MB pages for the weights, and 1 GB
         pages as far as there are any reserved. simulated_nodes: for tests, so many NUMA nodes
         whatever this machine has; with fewer threads than nodes, here as on real ones, there is one
-        node and a warning.
+        node and a warning. elsewhere: (layers, experts), True where another place keeps and
+        computes the expert, which then takes no memory here and cannot be loaded.
 
         Raises ConfigError for an instruction set or a shape that cannot be run and for more threads
         than the system lets us have, OutOfMemoryError with the bytes that were asked for.
@@ -116,6 +143,11 @@ class HostExperts:
         for name, number in (("threads", threads), ("simulated_nodes", simulated_nodes)):
             if number is not None and number < 1:
                 raise ConfigError(f"{name}: expected 1 or more, found {number}")
+        if elsewhere is not None and elsewhere.shape != (num_layers, num_experts):
+            raise ConfigError(
+                f"elsewhere: expected {num_layers} layers of {num_experts} experts, found a mask "
+                f"of shape {elsewhere.shape}"
+            )
         self.hidden = hidden
         self.intermediate = intermediate
         with _engine_errors(argument_error=ConfigError):
@@ -128,11 +160,13 @@ class HostExperts:
                 threads or 0,
                 huge_pages,
                 simulated_nodes or 0,
+                [] if elsewhere is None else elsewhere.ravel().tolist(),
             )
         self.isa: str = self._native.isa
         self.threads: int = self._native.threads
         self.threads_of_node: tuple[int, ...] = tuple(self._native.threads_of_node)
         self.weight_bytes: int = self._native.weight_bytes
+        self.expert_bytes: int = self._native.expert_bytes
         self.huge_pages: bool = self._native.huge_pages
         self.gigabyte_pages: int = self._native.gigabyte_pages
         logger.info("host experts: %s", self._description())
@@ -164,12 +198,38 @@ class HostExperts:
         (intermediate, hidden); down: (hidden, intermediate). Raises EngineError for a wrong shape,
         dtype or place, or an expert that was loaded before.
         """
-        where = f"layer slot {slot}, expert {expert}"
-        self._check_matrix(f"{where}: gate", gate, self.intermediate, self.hidden)
-        self._check_matrix(f"{where}: up", up, self.intermediate, self.hidden)
-        self._check_matrix(f"{where}: down", down, self.hidden, self.intermediate)
+        self._check_matrices(f"layer slot {slot}, expert {expert}: ", gate, up, down)
         with _engine_errors():
             self._open().load(slot, expert, _addresses(gate), _addresses(up), _addresses(down))
+
+    def pack_expert(
+        self, gate: QuantizedLinear, up: QuantizedLinear, down: QuantizedLinear
+    ) -> Tensor:
+        """An expert in the layout of one node, for a place other than this memory, which is left as
+        it is. Any thread may call it, and does the work.
+
+        gate, up: (intermediate, hidden); down: (hidden, intermediate). Returns uint8
+        (expert_bytes,): the strips of gate and up, then those of down (csrc/kernels/kernels.h).
+        Raises EngineError for a wrong shape or dtype.
+        """
+        self._check_matrices("an expert to be packed: ", gate, up, down)
+        packed = torch.empty(self.expert_bytes, dtype=torch.uint8)
+        with _engine_errors():
+            native = self._open()
+            native.pack(_addresses(gate), _addresses(up), _addresses(down), packed.data_ptr())
+        return packed
+
+    def expert_regions(self, slot: int, expert: int) -> tuple[ExpertRegion, ...]:
+        """Where a loaded expert lies in this memory, by ascending offset.
+
+        On one NUMA node one region, on several at most two on each. Together they are what
+        `pack_expert` returns, and stay where they are until `close`. A layer's experts follow each
+        other on each node without gaps.
+
+        Raises EngineError for an expert that is not here or not loaded.
+        """
+        with _engine_errors():
+            return tuple(ExpertRegion(*region) for region in self._open().regions(slot, expert))
 
     def expert_weights(self, slot: int, expert: int) -> tuple[Tensor, Tensor, Tensor]:
         """Gate, up and down of an expert as fp32, dequantised from what the kernels read.
@@ -271,10 +331,94 @@ class HostExperts:
             raise EngineError("these host experts are closed")
         return self._native
 
+    def _check_matrices(
+        self, where: str, gate: QuantizedLinear, up: QuantizedLinear, down: QuantizedLinear
+    ) -> None:
+        self._check_matrix(f"{where}gate", gate, self.intermediate, self.hidden)
+        self._check_matrix(f"{where}up", up, self.intermediate, self.hidden)
+        self._check_matrix(f"{where}down", down, self.hidden, self.intermediate)
+
     @staticmethod
     def _check_matrix(name: str, matrix: QuantizedLinear, rows: int, columns: int) -> None:
         _check_tensor(f"{name}.packed", matrix.packed, torch.int32, (rows, columns // 8))
         _check_tensor(f"{name}.scale", matrix.scale, torch.bfloat16, (rows, columns // 32))
+
+
+class Handoff:
+    """Layers between a device and the experts, in the order of the device's stream; see
+    csrc/handoff.h. stream: the driver's handle. Addresses are of contiguous tensors on the device,
+    whose dtype, shape and lifetime the caller answers for. All calls raise EngineError.
+    """
+
+    def __init__(
+        self,
+        experts: HostExperts,
+        stream: DeviceStream,
+        mechanism: HandoffMechanism,
+        top_k: int,
+        dtype: torch.dtype,
+        timeout_seconds: float,
+    ) -> None:
+        if dtype not in (torch.bfloat16, torch.float32):
+            raise EngineError(f"handoff: expected bfloat16 or float32, found {dtype}")
+        opened = {"mailbox": _native.open_mailbox, "host-functions": _native.open_host_functions}
+        with _engine_errors():
+            self._native: _native.Handoff | None = opened[mechanism](
+                experts._open(), stream, top_k, dtype == torch.bfloat16, timeout_seconds
+            )
+
+    def begin_step(self, stream: int, submissions: int) -> None:
+        with _engine_errors():
+            self._open().begin_step(stream, submissions)
+
+    def submit(
+        self, stream: int, slot: int, tokens: int, x: int, expert_ids: int, weights: int
+    ) -> None:
+        with _engine_errors():
+            self._open().submit(stream, slot, tokens, x, expert_ids, weights)
+
+    def collect(self, stream: int, slot: int, tokens: int, out: int) -> None:
+        with _engine_errors():
+            self._open().collect(stream, slot, tokens, out)
+
+    def end_step(self) -> None:
+        with _engine_errors():
+            self._open().end_step()
+
+    def reset(self) -> None:
+        with _engine_errors():
+            self._open().reset()
+
+    def close(self) -> None:
+        """Wait for the device and the workers, free what both share. More calls do nothing."""
+        self._native = None
+
+    def _open(self) -> _native.Handoff:
+        if self._native is None:
+            raise EngineError("this handoff is closed")
+        return self._native
+
+
+def card_stream(index: int) -> DeviceStream:
+    """The streams of an NVIDIA card, by its number, through its driver.
+
+    Raises ConfigError where there is no driver, EngineError with what the driver says.
+    """
+    with _engine_errors():
+        return _native.cuda_stream(index)
+
+
+class CardPinning:
+    """Keeps host memory in place for cards, through their driver. See stream.Pinning."""
+
+    def pin(self, address: int, num_bytes: int) -> None:
+        """Raises ConfigError where there is no driver, EngineError when it refuses."""
+        with _engine_errors():
+            _native.pin_host_memory(address, num_bytes)
+
+    def unpin(self, address: int) -> None:
+        with _engine_errors():
+            _native.unpin_host_memory(address)
 
 
 def _check_tensor(

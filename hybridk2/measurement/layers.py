@@ -31,12 +31,14 @@ from hybridk2.config import GROUP_SIZE, KIMI_K2_THINKING, K2Config
 from hybridk2.device import CpuDevice
 from hybridk2.errors import OutOfMemoryError
 from hybridk2.experts.host import READ_LOOPS, HostExperts, available_isas, usable_cores
-from hybridk2.experts.router import AsyncRouter
+from hybridk2.experts.router import ThreadRouter
 from hybridk2.hardware import MachineProfile, SystemFacts
-from hybridk2.kv_cache import CacheSequence, PagedLatentCache
+from hybridk2.kv_cache import PagedLatentCache
 from hybridk2.measurement.process import process_bytes
+from hybridk2.model.decode_batch import DecodeBatch
 from hybridk2.model.k2 import DecoderLayer, K2Model
 from hybridk2.model.layers import RotaryTable
+from hybridk2.model.moe import RoutedExperts
 
 # (what is being measured, rounds done, rounds in all)
 OnProgress = Callable[[str, int, int], None]
@@ -223,17 +225,19 @@ class _Layers:
         )
         self._load_experts()
         layout = Layout(config)
-        router = AsyncRouter(self.experts, device)
+        routed = RoutedExperts(ThreadRouter(self.experts, device))
         self._layers = [
             DecoderLayer(
-                config, self._weights(layout, layer), layer, router, device, torch.bfloat16
+                config, self._weights(layout, layer), layer, routed, device, torch.bfloat16
             )
             for layer in range(2)
         ]
         head, norm = self._tensor(layout.lm_head()), self._tensor(layout.final_norm())
-        self._model = K2Model(config, head, self._layers, norm, head, device, torch.bfloat16)
+        self._model = K2Model(
+            config, head, self._layers, norm, head, device, torch.bfloat16, routed
+        )
         self._rotary = RotaryTable(config, device)
-        self._sequences = {past: self._sequence(past) for past in (_SHORT_PAST, _LONG_PAST)}
+        self._batches = {past: self._batch(past) for past in (_SHORT_PAST, _LONG_PAST)}
 
     def __enter__(self) -> _Layers:
         return self
@@ -243,7 +247,7 @@ class _Layers:
 
     def attend(self, past: int = _SHORT_PAST) -> Tensor:
         x, cos, sin = self._token(past)
-        return self._layers[0].attention.decode(x, cos, sin, [self._sequences[past]])
+        return self._layers[0].attention.decode(x, cos, sin, self._batches[past])
 
     def dense(self) -> Tensor:
         return self._layers[0].feed_forward(self._rows(1))
@@ -253,7 +257,7 @@ class _Layers:
 
     def layer(self) -> Tensor:
         x, cos, sin = self._token(_SHORT_PAST)
-        return self._layers[1].decode(x, cos, sin, [self._sequences[_SHORT_PAST]])
+        return self._layers[1].decode(x, cos, sin, self._batches[_SHORT_PAST])
 
     def head(self) -> Tensor:
         return self._model.logits(self._rows(1))
@@ -280,7 +284,8 @@ class _Layers:
         shape = (tokens, self._config.hidden_size)
         return torch.randn(shape, generator=self._generator).bfloat16()
 
-    def _sequence(self, past: int) -> CacheSequence:
+    def _batch(self, past: int) -> DecodeBatch:
+        """A step of one token after so many."""
         cache = PagedLatentCache(self._config, past + 64, 64, CpuDevice(), torch.bfloat16)
         sequence = cache.open([0], repeatable=False)
         sequence.reserve(past + 1)
@@ -288,7 +293,9 @@ class _Layers:
         for layer in range(2):
             sequence.write(layer, latents)
         sequence.advance([0] * past)
-        return sequence
+        batch = DecodeBatch(self._config, 1, cache, CpuDevice(), torch.bfloat16)
+        batch.fill(self._rows(1), [sequence])
+        return batch
 
     def _weights(self, layout: Layout, layer: int) -> LayerWeights:
         def tensors(specs: dict[str, TensorSpec]) -> dict[str, Tensor]:

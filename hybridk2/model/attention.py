@@ -14,7 +14,7 @@ all heads). Two ways to the same result:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,13 +24,24 @@ from hybridk2.checkpoint import AttentionWeights
 from hybridk2.config import K2Config
 from hybridk2.device import Device
 from hybridk2.kv_cache import CacheSequence
-from hybridk2.model.layers import linear, rms_norm, rotate
+from hybridk2.model.decode_batch import DecodeBatch
+from hybridk2.model.flash import FlashState
+from hybridk2.model.layers import Weight, linear, place_matrix, rms_norm, rotate
 
 # Scores of one block of keys in fp32: 64 MB keeps a 512-token chunk of K2's 64 heads at 512 keys a
 # block, and the memory of prefill independent of the context's length.
 _SCORE_BYTES = 64 << 20
 _MIN_BLOCK_KEYS = 64
 _MAX_BLOCK_KEYS = 16_384
+
+
+# Attention over pages by one kernel: (q, latents, page_table, lengths) to (rows, heads,
+# kv_lora_rank) fp32. q: (rows, heads, latent_dim). latents: one layer's memory of the cache.
+# page_table: (rows, pages) int32. lengths: (rows,) int32; the output of a row of length 0 is zero.
+PagedMix = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+# Keys of the past that are expanded at a time for flash attention: 170 MB for K2's 64 heads.
+_PAST_BLOCK_KEYS = 2048
 
 
 @dataclass(frozen=True)
@@ -49,20 +60,29 @@ class LatentAttention:
         layer: int,
         device: Device,
         dtype: torch.dtype,
+        paged_mix: PagedMix | None = None,
+        int8: bool = False,
     ) -> None:
+        """paged_mix: what decoding attends with, and prompts with flash kernels beside it; None
+        computes both with torch, in fp32. int8: the form of projections but kv_b's, which is bf16
+        always."""
         self._config = config
         self._layer = layer
+        self._paged_mix = paged_mix
 
         def place(tensor: Tensor) -> Tensor:
             return device.place(tensor.to(dtype))
 
-        self._q_a_proj = place(weights.q_a_proj)
+        def place_projection(tensor: Tensor) -> Weight:
+            return place_matrix(tensor, device, dtype, int8)
+
+        self._q_a_proj = place_projection(weights.q_a_proj)
         self._q_a_norm = place(weights.q_a_norm)
-        self._q_b_proj = place(weights.q_b_proj)
-        self._kv_a_proj = place(weights.kv_a_proj)
+        self._q_b_proj = place_projection(weights.q_b_proj)
+        self._kv_a_proj = place_projection(weights.kv_a_proj)
         self._kv_a_norm = place(weights.kv_a_norm)
         self._kv_b_proj = place(weights.kv_b_proj)
-        self._o_proj = place(weights.o_proj)
+        self._o_proj = place_projection(weights.o_proj)
         # Views, not copies: kv_b_proj stacks W_UK over W_UV head by head.
         per_head = self._kv_b_proj.view(
             config.num_attention_heads,
@@ -88,32 +108,48 @@ class LatentAttention:
         """
         start = sequence.length
         tokens = x.shape[0]
-        sequence.write(self._layer, self._latents(x, cos, sin))
+        latents = self._latents(x, cos, sin)
+        sequence.write(self._layer, latents)
         queries = self._queries(x, cos, sin)
-        if absorbed is None:
-            absorbed = self._absorbed_is_cheaper(tokens, start)
-        attend = self._absorbed if absorbed else self._expanded
-        heads = attend(queries, sequence, start)  # (heads, tokens, v)
+        if self._paged_mix is not None and not absorbed:
+            heads = self._flash(queries, latents, sequence, start)
+        else:
+            if absorbed is None:
+                absorbed = self._absorbed_is_cheaper(tokens, start)
+            attend = self._absorbed if absorbed else self._expanded
+            heads = attend(queries, sequence, start)  # (heads, tokens, v)
         return linear(heads.transpose(0, 1).reshape(tokens, -1), self._o_proj)
 
-    def decode(
-        self, x: Tensor, cos: Tensor, sin: Tensor, sequences: Sequence[CacheSequence]
-    ) -> Tensor:
-        """Attention of one new token of each sequence, in the absorbed form.
+    def decode(self, x: Tensor, cos: Tensor, sin: Tensor, batch: DecodeBatch) -> Tensor:
+        """Attention of one new token of each of the batch's sequences, in the absorbed form.
 
-        x: (rows, hidden), normed; row i continues sequences[i], and rows beyond them are padding.
-        What a row comes to depends on its own sequence alone. Returns (rows, hidden).
+        x: (rows, hidden), normed. What a row comes to depends on its own sequence alone. Returns
+        (rows, hidden).
         """
         latents = self._latents(x, cos, sin)
-        queries = self._queries(x, cos, sin)
-        q = self._absorbed_queries(queries)
-        mixed = queries.plain.new_zeros(*q.shape[:2], self._config.kv_lora_rank)
-        for row, sequence in enumerate(sequences):
+        q = self._absorbed_queries(self._queries(x, cos, sin))
+        mix = self._mix_each if self._paged_mix is None else self._mix_pages
+        heads = torch.bmm(mix(q, latents, batch), self._w_uv.transpose(1, 2))
+        return linear(heads.transpose(0, 1).reshape(x.shape[0], -1), self._o_proj)
+
+    def _mix_each(self, q: Tensor, latents: Tensor, batch: DecodeBatch) -> Tensor:
+        """Write the new latents and mix, one sequence after another: (heads, rows, rank)."""
+        mixed = q.new_zeros(*q.shape[:2], self._config.kv_lora_rank)
+        for row, sequence in enumerate(batch.sequences):
             here = slice(row, row + 1)
             sequence.write(self._layer, latents[here])
-            mixed[:, here] = self._mix_latents(q[:, here], sequence, sequence.length)
-        heads = torch.bmm(mixed, self._w_uv.transpose(1, 2))
-        return linear(heads.transpose(0, 1).reshape(x.shape[0], -1), self._o_proj)
+            mixed[:, here] = self._mix_latents(q[:, here].float(), sequence, sequence.length)
+        return mixed
+
+    def _mix_pages(self, q: Tensor, latents: Tensor, batch: DecodeBatch) -> Tensor:
+        """The same by the batch's tensors alone, so that a recorded step can do it again."""
+        assert self._paged_mix is not None
+        batch.cache.write_rows(self._layer, batch.write_rows, latents)
+        pages = batch.cache.latents(self._layer)
+        mixed = self._paged_mix(
+            q.transpose(0, 1).contiguous(), pages, batch.page_table, batch.lengths
+        )
+        return mixed.transpose(0, 1).to(q.dtype)
 
     def _latents(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """What the cache keeps of each token: (tokens, latent_dim)."""
@@ -149,24 +185,42 @@ class LatentAttention:
         q = torch.cat((queries.plain, queries.rotated), dim=-1).float()
         state = _SoftmaxState(q, config.v_head_dim, config.softmax_scale, start)
         for first, block in sequence.read_blocks(self._layer, state.block_keys):
-            latents, rotated = block.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
-            expanded = linear(latents, self._kv_b_proj).float()
-            expanded = expanded.view(block.shape[0], config.num_attention_heads, -1)
-            k, v = expanded.transpose(0, 1).split(
-                (config.qk_nope_head_dim, config.v_head_dim), dim=-1
-            )
-            rotated = rotated.float().expand(config.num_attention_heads, -1, -1)
-            state.add(first, torch.cat((k, rotated), dim=-1), v)
+            k, v = self._keys_and_values(block)
+            state.add(first, k.float(), v.float())
         return state.result().to(queries.plain.dtype)
 
+    def _flash(
+        self, queries: _Queries, latents: Tensor, sequence: CacheSequence, start: int
+    ) -> Tensor:
+        """The expanded form through flash kernels: the new tokens, then the past block by block."""
+        config = self._config
+        q = torch.cat((queries.plain, queries.rotated), dim=-1)
+        state = FlashState(q, config.v_head_dim, config.softmax_scale)
+        state.add(*self._keys_and_values(latents), causal=True)
+        for first, block in sequence.read_blocks(self._layer, _PAST_BLOCK_KEYS):
+            if first >= start:
+                break
+            state.add(*self._keys_and_values(block[: start - first]), causal=False)
+        return state.result().to(q.dtype)
+
+    def _keys_and_values(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents expanded: (heads, tokens, qk_head_dim) and (heads, tokens, v_head_dim)."""
+        config = self._config
+        latent, rotated = latents.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
+        expanded = linear(latent, self._kv_b_proj)
+        expanded = expanded.view(latents.shape[0], config.num_attention_heads, -1)
+        k, v = expanded.transpose(0, 1).split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
+        rotated = rotated.expand(config.num_attention_heads, -1, -1)
+        return torch.cat((k, rotated), dim=-1), v
+
     def _absorbed(self, queries: _Queries, sequence: CacheSequence, start: int) -> Tensor:
-        mixed = self._mix_latents(self._absorbed_queries(queries), sequence, start)
+        mixed = self._mix_latents(self._absorbed_queries(queries).float(), sequence, start)
         return torch.bmm(mixed.to(queries.plain.dtype), self._w_uv.transpose(1, 2))
 
     def _absorbed_queries(self, queries: _Queries) -> Tensor:
-        """Queries against latents instead of keys: (heads, tokens, latent_dim) fp32."""
+        """Queries against latents instead of keys: (heads, tokens, latent_dim)."""
         absorbed = torch.bmm(queries.plain, self._w_uk)
-        return torch.cat((absorbed, queries.rotated), dim=-1).float()
+        return torch.cat((absorbed, queries.rotated), dim=-1)
 
     def _mix_latents(self, q: Tensor, sequence: CacheSequence, start: int) -> Tensor:
         """Latents weighted by the softmax of their scores: (heads, tokens, kv_lora_rank) fp32."""

@@ -5,22 +5,31 @@ Knows tensors and the cache, not where weights come from on disk, requests, samp
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridk2.checkpoint import LayerWeights
+from hybridk2.checkpoint import LayerWeights, routing_fingerprint
 from hybridk2.config import K2Config
 from hybridk2.device import Device
-from hybridk2.experts.router import AsyncRouter
-from hybridk2.kv_cache import CacheSequence
-from hybridk2.model.attention import LatentAttention
-from hybridk2.model.layers import DECODE_ROWS, RotaryTable, place_mlp, rms_norm, swiglu
-from hybridk2.model.moe import MixtureOfExperts
-from hybridk2.timeline import Timeline
+from hybridk2.kv_cache import CacheSequence, PagedLatentCache
+from hybridk2.model.attention import LatentAttention, PagedMix
+from hybridk2.model.decode_batch import DecodeBatch
+from hybridk2.model.decoding import DecodeSteps
+from hybridk2.model.layers import (
+    DECODE_ROWS,
+    RotaryTable,
+    exact_product,
+    place_matrix,
+    place_mlp,
+    rms_norm,
+    swiglu,
+)
+from hybridk2.model.moe import MixtureOfExperts, RoutedExperts
+from hybridk2.model.triton.int8 import Int8Linear
+from hybridk2.timeline import Phase, Timeline
 
 # Rows of lm_head that are widened to fp32 at a time. 4 MB stays in cache; blocks of 30 MB and more
 # went through DRAM and took four times as long on a 7168 x 18432 matrix (2 Zen 4 cores).
@@ -35,19 +44,24 @@ class DecoderLayer:
         config: K2Config,
         weights: LayerWeights,
         layer: int,
-        experts: AsyncRouter | None,
+        experts: RoutedExperts | None,
         device: Device,
         dtype: torch.dtype,
+        paged_mix: PagedMix | None = None,
+        int8: bool = False,
     ) -> None:
-        """experts: needed by MoE layers, None for dense ones."""
+        """experts: needed by MoE layers, None for dense ones. int8: the form of matrices but
+        kv_b's and the router's. paged_mix: see LatentAttention."""
         self._layer = layer
         self._eps = config.rms_norm_eps
         self._input_norm = device.place(weights.input_norm.to(dtype))
         self._post_attention_norm = device.place(weights.post_attention_norm.to(dtype))
-        self.attention = LatentAttention(config, weights.attention, layer, device, dtype)
+        self.attention = LatentAttention(
+            config, weights.attention, layer, device, dtype, paged_mix, int8
+        )
         self.moe: MixtureOfExperts | None = None
         if weights.mlp is not None:
-            self._mlp = place_mlp(weights.mlp, device, dtype)
+            self._mlp = place_mlp(weights.mlp, device, dtype, int8)
         else:
             assert weights.router is not None
             assert weights.shared is not None
@@ -60,6 +74,7 @@ class DecoderLayer:
                 experts,
                 device,
                 dtype,
+                int8,
             )
 
     def forward(
@@ -74,30 +89,34 @@ class DecoderLayer:
         """hidden: (tokens, hidden). See LatentAttention.forward for the rest."""
         x = self.attention_input(hidden)
         hidden = hidden + self.attention.forward(x, cos, sin, sequence, absorbed)
-        return self._add_feed_forward(hidden, None, timeline)
+        self._mark(timeline, "attention")
+        hidden = hidden + self.feed_forward(self.feed_forward_input(hidden), timeline)
+        self._mark(timeline, "dense MLP" if self.moe is None else "adding")
+        return hidden
 
     def decode(
         self,
         hidden: Tensor,
         cos: Tensor,
         sin: Tensor,
-        sequences: Sequence[CacheSequence],
+        batch: DecodeBatch,
         timeline: Timeline | None = None,
     ) -> Tensor:
-        """hidden: (rows, hidden), one token of each sequence, then padding."""
+        """hidden: (rows, hidden), one token of each of the batch's sequences, then padding."""
         x = self.attention_input(hidden)
-        hidden = hidden + self.attention.decode(x, cos, sin, sequences)
-        return self._add_feed_forward(hidden, len(sequences), timeline)
-
-    def _add_feed_forward(
-        self, hidden: Tensor, tokens: int | None, timeline: Timeline | None
-    ) -> Tensor:
-        if timeline is not None:
-            timeline.mark("attention", self._layer)
-        hidden = hidden + self.feed_forward(self.feed_forward_input(hidden), tokens, timeline)
-        if timeline is not None:
-            timeline.mark("dense MLP" if self.moe is None else "adding", self._layer)
+        hidden = hidden + self.attention.decode(x, cos, sin, batch)
+        self._mark(timeline, "attention")
+        x = self.feed_forward_input(hidden)
+        if self.moe is None:
+            hidden = hidden + swiglu(x, self._mlp)
+        else:
+            hidden = hidden + self.moe.decode(x, batch, timeline)
+        self._mark(timeline, "dense MLP" if self.moe is None else "adding")
         return hidden
+
+    def _mark(self, timeline: Timeline | None, phase: Phase) -> None:
+        if timeline is not None:
+            timeline.mark(phase, self._layer)
 
     def attention_input(self, hidden: Tensor) -> Tensor:
         return rms_norm(hidden, self._input_norm, self._eps)
@@ -105,13 +124,11 @@ class DecoderLayer:
     def feed_forward_input(self, hidden: Tensor) -> Tensor:
         return rms_norm(hidden, self._post_attention_norm, self._eps)
 
-    def feed_forward(
-        self, x: Tensor, tokens: int | None = None, timeline: Timeline | None = None
-    ) -> Tensor:
-        """x: (rows, hidden), normed. See MixtureOfExperts.forward for the rest."""
+    def feed_forward(self, x: Tensor, timeline: Timeline | None = None) -> Tensor:
+        """x: (tokens, hidden), normed. See MixtureOfExperts.forward for the rest."""
         if self.moe is None:
             return swiglu(x, self._mlp)
-        return self.moe.forward(x, tokens, timeline)
+        return self.moe.forward(x, timeline)
 
 
 class K2Model:
@@ -129,16 +146,23 @@ class K2Model:
         lm_head: Tensor,
         device: Device,
         dtype: torch.dtype,
+        experts: RoutedExperts,
+        int8: bool = False,
     ) -> None:
-        """embedding, lm_head: (vocab, hidden) bf16, kept as they are. dtype: of activations."""
+        """embedding, lm_head: (vocab, hidden) bf16, kept as they are, the embedding on the host.
+        dtype: of activations. experts: the layers', told where each step begins and ends. int8:
+        the head's form instead."""
         self.config = config
         self.layers = layers
         self.timeline: Timeline | None = None
         self._device = device
         self._dtype = dtype
+        self._experts = experts
+        self._decode_steps: DecodeSteps | None = None
+        self._prompt_failed = False  # the last chunk; its router has not been reset yet
         self._embedding = embedding
         self._final_norm = device.place(final_norm.to(dtype))
-        self._lm_head = device.place(lm_head)
+        self._lm_head = place_matrix(lm_head, device, lm_head.dtype, int8)
         self._rotary = RotaryTable(config, device)
 
     def forward(
@@ -160,8 +184,16 @@ class K2Model:
         cos, sin = self._rotary(self._device.place(positions))
         if timeline is not None:
             timeline.mark("embedding")
+        router = self._experts.of_prompts
+        if self._prompt_failed:
+            router.reset()
+        self._prompt_failed = True
+        router.begin_step()
         for layer in self.layers:
             hidden = layer.forward(hidden, cos, sin, sequence, absorbed, timeline)
+        self._device.wait()
+        router.end_step()
+        self._prompt_failed = False
         sequence.advance(token_ids.tolist())
         return hidden
 
@@ -178,59 +210,87 @@ class K2Model:
         (CacheSequence.reserve). rows_are_independent: a sequence's numbers are bit for bit the same
         whatever runs beside it, alone included; False lets one that is alone save the padding.
 
-        Returns hidden states after the last layer: (len(sequences), hidden) and then padding. The
-        caller advances the sequences once the step has succeeded; until then it may be repeated.
+        Returns logits (len(sequences), vocab) fp32 on the host, which the next step may overwrite.
+        The caller advances the sequences once the step has succeeded; until then it may be
+        repeated.
         """
         tokens = len(sequences)
         assert 1 <= tokens == len(token_ids) <= DECODE_ROWS, f"{tokens} sequences"
         timeline = self.timeline
         if timeline is not None:
             timeline.begin("decode", tokens, max(sequence.length for sequence in sequences))
-        padding = DECODE_ROWS - tokens if rows_are_independent or tokens > 1 else 0
+        choices = self._device.decode_rows
+        enough = (rows for rows in choices if rows >= tokens)
+        rows = choices[-1] if rows_are_independent else next(enough)
         embedded = F.embedding(torch.tensor(token_ids), self._embedding).to(self._dtype)
-        hidden = self._device.place(F.pad(embedded, (0, 0, 0, padding)))
-        positions = [sequence.length for sequence in sequences] + [0] * padding
-        cos, sin = self._rotary(self._device.place(torch.tensor(positions)))
-        if timeline is not None:
-            timeline.mark("embedding")
+        steps = self._steps_over(sequences[0].cache)
+        logits, picks = steps.run(embedded, sequences, rows, timeline)
         for layer in self.layers:
-            hidden = layer.decode(hidden, cos, sin, sequences, timeline)
-        return hidden
+            if layer.moe is not None:
+                layer.moe.note_decoded(picks[layer.moe.slot])
+        return logits
+
+    def _steps_over(self, cache: PagedLatentCache) -> DecodeSteps:
+        """Steps are bound to the memory of one cache; an engine has but one."""
+        if self._decode_steps is None or self._decode_steps.cache is not cache:
+            self._decode_steps = DecodeSteps(
+                self.config, self._compute, self._experts.decoding, cache, self._device, self._dtype
+            )
+        return self._decode_steps
+
+    def _compute(self, batch: DecodeBatch, timeline: Timeline | None) -> Tensor:
+        """Enqueue a step: logits (rows, vocab) fp32 of the batch's tokens."""
+        hidden = batch.hidden
+        cos, sin = self._rotary(batch.positions)
+        for layer in self.layers:
+            hidden = layer.decode(hidden, cos, sin, batch, timeline)
+        logits = self._head(hidden)
+        if timeline is not None:
+            timeline.mark("head")
+        return logits
 
     @property
     def experts_read(self) -> int:
         """How many routed experts all calls so far read, layer by layer."""
         return sum(layer.moe.experts_read for layer in self.layers if layer.moe is not None)
 
+    @property
+    def host_experts_read(self) -> int:
+        """Of those, how many did not live on the device."""
+        return sum(layer.moe.host_experts_read for layer in self.layers if layer.moe is not None)
+
     def watch_routing(self, on_decode: Callable[[int, Tensor], None] | None) -> None:
         """Have every later step of decoding tell which experts it picks; None ends that.
 
         on_decode: called in each MoE layer, in order, with the layer's slot and the picks (tokens,
-        top_k) int32 on the device.
+        top_k) int32 on the host; after the step, when it has succeeded.
         """
         for layer in self.layers:
             if layer.moe is not None:
                 layer.moe.on_decode = on_decode
 
     def routing_fingerprint(self) -> str:
-        """SHA-256, in hexadecimal, of what tells one model's routing from another's: dimensions,
-        every router's bias, and its weights of the first expert."""
-        config = self.config
-        shape = (config.num_moe_layers, config.n_routed_experts, config.num_experts_per_tok)
-        digest = hashlib.sha256(repr(shape).encode())
-        for layer in self.layers:
-            if layer.moe is not None:
-                for values in layer.moe.router.identifying_values():
-                    digest.update(values.cpu().numpy().tobytes())
-        return digest.hexdigest()
+        """What tells this model's routing from another's: `checkpoint.routing_fingerprint`."""
+        blocks = [layer.moe for layer in self.layers if layer.moe is not None]
+        values = (block.router.identifying_values() for block in blocks)
+        return routing_fingerprint(self.config, values)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: (tokens, hidden) after the last layer. Returns (tokens, vocab) fp32 logits.
+        """hidden: (tokens, hidden) after the last layer. Returns (tokens, vocab) fp32 logits."""
+        logits = self._head(hidden)
+        if self.timeline is not None:
+            self.timeline.mark("head")
+        return logits
 
-        The exact fp32 product of the activations and the bf16 head: rounding logits of 20 to bf16
-        would move each by up to 0.06, more than whole layers do.
+    def _head(self, hidden: Tensor) -> Tensor:
+        """The exact fp32 product of the activations and the bf16 head.
+
+        Rounding logits of 20 to bf16 would move each by up to 0.06, more than whole layers do.
         """
-        x = rms_norm(hidden, self._final_norm, self.config.rms_norm_eps).float()
+        x = rms_norm(hidden, self._final_norm, self.config.rms_norm_eps)
+        if isinstance(self._lm_head, Int8Linear) or not x.is_cpu:
+            return exact_product(x, self._lm_head)
+        x = x.float()
         vocab_size, hidden_size = self._lm_head.shape
         rows = max(_LOGIT_BLOCK_BYTES // (4 * hidden_size), 1)
         # One buffer for every block: taken anew, each came from fresh memory, behind the results of
@@ -241,6 +301,4 @@ class K2Model:
             block = self._lm_head[first : first + rows]
             widened = wide[: block.shape[0]].copy_(block)
             logits[:, first : first + rows] = F.linear(x, widened)
-        if self.timeline is not None:
-            self.timeline.mark("head")
         return logits

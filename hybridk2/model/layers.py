@@ -6,6 +6,7 @@ Formulas follow DeepSeek-V3's published model code, which Kimi K2 uses unchanged
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,12 @@ from torch import Tensor
 from hybridk2.checkpoint import MlpWeights
 from hybridk2.config import K2Config
 from hybridk2.device import Device
+from hybridk2.model.triton.int8 import Int8Linear, dequantise, quantise
+from hybridk2.model.triton.int8 import linear as int8_linear
 
-# torch's matrix products keep a compiled kernel for every number of rows they meet, 0.5 MB each:
-# with prompts of any length the embedded model grew by 800 MB. Rows are filled up to multiples.
+# torch's matrix products on the host keep a compiled kernel for every number of rows they meet, 0.5
+# MB each: with prompts of any length the embedded model grew by 800 MB. Rows are filled up to
+# multiples.
 _ROWS = 32
 
 # Sequences that are decoded side by side share matrix products of this many rows, unused ones zero.
@@ -26,12 +30,42 @@ _ROWS = 32
 DECODE_ROWS = 8
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+# A matrix as products take it: of the activations' dtype, or INT8 where that was asked for.
+Weight = Tensor | Int8Linear
+
+
+def place_matrix(weight: Tensor, device: Device, dtype: torch.dtype, int8: bool) -> Weight:
+    """A matrix on the device, in the form that `linear` will read."""
+    placed = device.place(weight.to(dtype))
+    return quantise(placed) if int8 else placed
+
+
+def linear(x: Tensor, weight: Weight) -> Tensor:
     """x W^T. x: (tokens, columns), weight: (rows, columns), of one dtype; sums are fp32."""
+    if isinstance(weight, Int8Linear):
+        return int8_linear(x, weight)
     tokens = x.shape[0]
-    if tokens in (1, DECODE_ROWS) or tokens % _ROWS == 0:
+    if tokens in (1, DECODE_ROWS) or tokens % _ROWS == 0 or not x.is_cpu:
         return F.linear(x, weight)
     return F.linear(F.pad(x, (0, 0, 0, -tokens % _ROWS)), weight)[:tokens]
+
+
+def exact_product(x: Tensor, weight: Weight) -> Tensor:
+    """x W^T without rounding: (tokens, rows) fp32. x: (tokens, columns) bf16.
+
+    By kernels, on a card; torch's own product that gives fp32 of bf16 has no form for the host.
+    """
+    from hybridk2.model.triton import few_rows  # loads Triton
+
+    if x.shape[0] <= few_rows.MAX_ROWS:
+        codes, scales = (
+            (weight.codes, weight.scales) if isinstance(weight, Int8Linear) else (weight, None)
+        )
+        return few_rows.product(x, codes, scales, torch.float32)
+    matrix = dequantise(weight) if isinstance(weight, Int8Linear) else weight
+    if x.is_cpu:
+        return F.linear(x.float(), matrix.float())
+    return torch.mm(x, matrix.T, out_dtype=torch.float32)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -93,18 +127,26 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
-def place_mlp(weights: MlpWeights, device: Device, dtype: torch.dtype) -> MlpWeights:
-    return MlpWeights(
-        gate=device.place(weights.gate.to(dtype)),
-        up=device.place(weights.up.to(dtype)),
-        down=device.place(weights.down.to(dtype)),
-    )
+@dataclass(frozen=True)
+class Mlp:
+    """The matrices of a SwiGLU, placed."""
+
+    gate: Weight
+    up: Weight
+    down: Weight
 
 
-def swiglu(x: Tensor, weights: MlpWeights) -> Tensor:
+def place_mlp(weights: MlpWeights, device: Device, dtype: torch.dtype, int8: bool = False) -> Mlp:
+    def place(weight: Tensor) -> Weight:
+        return place_matrix(weight, device, dtype, int8)
+
+    return Mlp(gate=place(weights.gate), up=place(weights.up), down=place(weights.down))
+
+
+def swiglu(x: Tensor, weights: Mlp | MlpWeights) -> Tensor:
     """down(silu(gate x) * (up x)): the dense layer and the shared expert. x: (tokens, hidden)."""
     gate = linear(x, weights.gate)
-    if gate.shape[0] <= DECODE_ROWS:
+    if gate.is_cpu and gate.shape[0] <= DECODE_ROWS:
         # Row by row: torch shares out more than 32,768 values among its threads and computes what
         # is left over at the end of a share by another formula, so a row's place would show.
         for row in gate:

@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from hybridk2.checkpoint import Checkpoint, LoadProgress
+from hybridk2.config import K2Config
 from hybridk2.device import Device
 from hybridk2.experts.host import HostExperts
-from hybridk2.experts.router import AsyncRouter
+from hybridk2.experts.router import ThreadRouter
+from hybridk2.kv_cache import LatentFormat
+from hybridk2.model.attention import PagedMix
 from hybridk2.model.k2 import DecoderLayer, K2Model
+from hybridk2.model.moe import RoutedExperts
+from hybridk2.model.triton import latents
 
 # Dense bytes per layer from which more than one thread shares an operator.
 _SHARED_LAYER_BYTES = 4 << 20
@@ -40,19 +47,58 @@ def dense_threads(checkpoint: Checkpoint, threads: int) -> int:
     return threads if layer_bytes >= _SHARED_LAYER_BYTES else 1
 
 
+def paged_mix_for(config: K2Config, device: Device) -> PagedMix | None:
+    """The kernel that attends over pages, on a device that has kernels."""
+    if not device.has_kernels:
+        return None
+    from hybridk2.model.triton import mla  # loads Triton
+
+    def mix(q: Tensor, pages: Tensor, page_table: Tensor, lengths: Tensor) -> Tensor:
+        rows, heads, _ = q.shape
+        return mla.decode(
+            q,
+            pages,
+            page_table,
+            lengths,
+            scale=config.softmax_scale,
+            rank=config.kv_lora_rank,
+            splits=mla.splits_for(rows, heads, device.multiprocessors),
+        )
+
+    return mix
+
+
+def fp8_latents(config: K2Config) -> LatentFormat:
+    """The latent cache in fp8, which the same kernel reads: 656 bytes a token and layer of K2."""
+    rank = config.kv_lora_rank
+    return LatentFormat(
+        torch.uint8,
+        latents.token_bytes(rank, config.qk_rope_head_dim),
+        partial(latents.quantise_latents, rank=rank),
+        partial(latents.dequantise_latents, rank=rank),
+    )
+
+
 def load_model(
     checkpoint: Checkpoint,
     experts: HostExperts,
     device: Device,
     dtype: torch.dtype,
     on_progress: Callable[[LoadProgress], None] | None = None,
+    *,
+    routed: RoutedExperts | None = None,
+    paged_mix: PagedMix | None = None,
+    int8: bool = False,
 ) -> K2Model:
     """Read the dense weights layer by layer and put the model together around loaded experts.
+
+    routed: over these experts; None for what suits every device. paged_mix: see LatentAttention.
+    int8: the form of matrices but routers', kv_b's and the embedding.
 
     Raises CheckpointError with the name of a tensor that cannot be read.
     """
     config = checkpoint.config
-    router = AsyncRouter(experts, device)
+    routed = routed or RoutedExperts(ThreadRouter(experts, device))
     started = time.perf_counter()
     layer_bytes = checkpoint.dense_bytes // (config.num_hidden_layers + 1)
 
@@ -64,7 +110,7 @@ def load_model(
     layers = []
     for index in range(config.num_hidden_layers):
         weights = checkpoint.layer(index)
-        layers.append(DecoderLayer(config, weights, index, router, device, dtype))
+        layers.append(DecoderLayer(config, weights, index, routed, device, dtype, paged_mix, int8))
         report((index + 1) * layer_bytes)
     model = K2Model(
         config,
@@ -74,6 +120,8 @@ def load_model(
         checkpoint.lm_head(),
         device,
         dtype,
+        routed,
+        int8,
     )
     report(checkpoint.dense_bytes)
     return model

@@ -4,12 +4,24 @@ Without a graphics card the plan is that of today's engine; with one it is that 
 does not exist yet, from data sheets and stated assumptions.
 """
 
-from hybridk2.planner.plan import Choices, Place, Plan, free_gpu_bytes, plan
+from hybridk2.planner.card import CardLayout, lay_out_card
+from hybridk2.planner.plan import (
+    GPU_RESERVED_CHUNK_TOKENS,
+    Choices,
+    Place,
+    Plan,
+    free_gpu_bytes,
+    plan,
+)
 from hybridk2.planner.sizes import BUILT_IN, ModelSizes
-from hybridk2.planner.timing import DecodeTime, PrefillTime
+from hybridk2.planner.timing import CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS, DecodeTime, PrefillTime
 
 __all__ = [
     "BUILT_IN",
+    "CPU_CHUNK_TOKENS",
+    "GPU_CHUNK_TOKENS",
+    "GPU_RESERVED_CHUNK_TOKENS",
+    "CardLayout",
     "Choices",
     "DecodeTime",
     "ModelSizes",
@@ -17,5 +29,6 @@ __all__ = [
     "Plan",
     "PrefillTime",
     "free_gpu_bytes",
+    "lay_out_card",
     "plan",
 ]

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from hybridk2.config import DenseDtype, KvDtype
 from hybridk2.hardware import CARDS, GpuProfile, MachineProfile
-from hybridk2.planner.sizes import DenseDtype, KvDtype, ModelSizes
+from hybridk2.planner.sizes import ModelSizes
 from hybridk2.planner.timing import (
     DecodeTime,
     PrefillTime,
@@ -21,8 +22,10 @@ from hybridk2.planner.timing import (
 )
 
 GIGABYTE = 1_000_000_000
-# Of a card: the CUDA context, activations of a chunk, the ring that experts stream through.
+# Of a card: the CUDA context, activations of a chunk of so many tokens, the ring that experts
+# stream through.
 GPU_RESERVE_BYTES = 1_900_000_000
+GPU_RESERVED_CHUNK_TOKENS = 2048
 # What loading and serving need beyond the weights, the process itself included, as
 # experts.loading counts it.
 HOST_WORKING_BYTES = 1_000_000_000
@@ -34,16 +37,20 @@ _CARD, _HOST = "GPU memory", "host memory"
 
 @dataclass(frozen=True)
 class Choices:
-    """What a person may choose. The engine of today computes bf16 only; fp8 and INT8 are planned
-    for the card, and plans may ask what they would bring.
+    """What a person may choose. fp8 and INT8 are for a card.
 
     context_tokens: to make room for; speeds are those of a conversation of
-    decode_context_tokens."""
+    decode_context_tokens. resident_experts: on the card, of all layers; None for as many as fit in
+    whole layers. keep_host_copy: these lie in host memory too. chunk_tokens: of a prompt, computed
+    at a time on the card."""
 
     context_tokens: int = 32_768
     kv_dtype: KvDtype = "bf16"
     dense: DenseDtype = "bf16"
     decode_context_tokens: int = 8_192
+    resident_experts: int | None = None
+    keep_host_copy: bool = False
+    chunk_tokens: int = GPU_RESERVED_CHUNK_TOKENS
 
 
 @dataclass(frozen=True)
@@ -173,7 +180,13 @@ def plan(sizes: ModelSizes, machine: MachineProfile, choices: Choices) -> Plan:
 def free_gpu_bytes(sizes: ModelSizes, gpu: GpuProfile, choices: Choices) -> int:
     """Of the card, for routed experts; negative when not even the rest fits."""
     cache = choices.context_tokens * sizes.latent_bytes(choices.kv_dtype)
-    return gpu.memory_bytes - sizes.gpu_weight_bytes(choices.dense) - cache - GPU_RESERVE_BYTES
+    used = sizes.gpu_weight_bytes(choices.dense) + cache + _reserve_bytes(sizes, choices)
+    return gpu.memory_bytes - used
+
+
+def _reserve_bytes(sizes: ModelSizes, choices: Choices) -> int:
+    longer = max(choices.chunk_tokens - GPU_RESERVED_CHUNK_TOKENS, 0)
+    return GPU_RESERVE_BYTES + longer * sizes.prompt_token_bytes
 
 
 def _lay_out(sizes: ModelSizes, machine: MachineProfile, choices: Choices) -> Plan:
@@ -186,15 +199,17 @@ def _lay_out(sizes: ModelSizes, machine: MachineProfile, choices: Choices) -> Pl
     weights = sizes.gpu_weight_bytes(choices.dense)
     cache = choices.context_tokens * sizes.latent_bytes(choices.kv_dtype)
     free = free_gpu_bytes(sizes, gpu, choices)
-    num_experts = sizes.moe_layers * sizes.experts_per_layer
-    resident = min(max(free, 0) // sizes.expert_bytes, num_experts) if num_experts else 0
+    resident = choices.resident_experts
+    if resident is None:
+        resident = min(max(free, 0) // max(sizes.expert_bytes, 1), sizes.num_experts)
     resident_bytes = resident * sizes.expert_bytes
+    on_host = sizes.routed_bytes - (0 if choices.keep_host_copy else resident_bytes)
     card = Place(
         _CARD,
         (
             ("weights but routed experts", weights),
             ("latent cache", cache),
-            ("reserve", GPU_RESERVE_BYTES),
+            ("reserve", _reserve_bytes(sizes, choices)),
             ("routed experts", resident_bytes),
         ),
         gpu.memory_bytes,
@@ -202,7 +217,7 @@ def _lay_out(sizes: ModelSizes, machine: MachineProfile, choices: Choices) -> Pl
     host = Place(
         _HOST,
         (
-            ("routed experts", sizes.routed_bytes - resident_bytes),
+            ("routed experts", on_host),
             ("embedding", sizes.embedding_bytes),
             *_working_contents(machine),
         ),
@@ -221,7 +236,7 @@ def _lay_out(sizes: ModelSizes, machine: MachineProfile, choices: Choices) -> Pl
 
 
 def _share(resident_experts: int, sizes: ModelSizes) -> float:
-    return resident_experts / max(sizes.moe_layers * sizes.experts_per_layer, 1)
+    return resident_experts / max(sizes.num_experts, 1)
 
 
 def _host_contents(
@@ -271,6 +286,10 @@ def _for_the_card(made: Plan) -> Iterator[Nearest]:
         if context:
             yield Nearest(_CARD, f"{options} --context {context}".strip(), "a shorter context")
             break
+    free = made.free_gpu_bytes or 0
+    if made.choices.resident_experts and free >= 0:
+        most = free // made.sizes.expert_bytes
+        yield Nearest(_CARD, f"--placement of {most} experts at most", "fewer experts on the card")
     wanted = made.places[0].needed_bytes
     larger = [card for card in CARDS if card.memory_bytes >= wanted]
     if larger:
@@ -281,9 +300,8 @@ def _for_the_card(made: Plan) -> Iterator[Nearest]:
 def _card_shortfall(made: Plan, choices: Choices) -> int:
     gpu = made.machine.gpu
     assert gpu is not None
-    cache = choices.context_tokens * made.sizes.latent_bytes(choices.kv_dtype)
-    weights = made.sizes.gpu_weight_bytes(choices.dense)
-    return weights + cache + GPU_RESERVE_BYTES - gpu.memory_bytes
+    wanted = (choices.resident_experts or 0) * made.sizes.expert_bytes
+    return wanted - free_gpu_bytes(made.sizes, gpu, choices)
 
 
 def _longest_context(made: Plan, choices: Choices) -> int:

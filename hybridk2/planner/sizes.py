@@ -9,13 +9,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from hybridk2.checkpoint import Layout, TensorSpec, describe_folder
-from hybridk2.config import KIMI_K2_THINKING, K2Config
-
-KvDtype = Literal["bf16", "fp8"]
-DenseDtype = Literal["bf16", "int8"]
+from hybridk2.config import KIMI_K2_THINKING, DenseDtype, K2Config, KvDtype
 
 BUILT_IN = {"kimi-k2-thinking": KIMI_K2_THINKING}
 
@@ -35,7 +31,8 @@ class ModelSizes:
 
     expert_bytes, expert_parameters: of one routed expert. attention_bytes: its matrices and the
     norms of all layers; kv_b_bytes: the part of them that stays bf16 where the rest is INT8.
-    pair_flops: of one query and one key, in all heads of all layers.
+    pair_flops: of one query and one key, in all heads of all layers. prompt_token_bytes: what a
+    token of a prompt's chunk takes on a card while it passes a layer.
     """
 
     layers: int
@@ -54,6 +51,7 @@ class ModelSizes:
     latent_rank: int
     rotated_dim: int
     pair_flops: int
+    prompt_token_bytes: int
     max_context_tokens: int
 
     @classmethod
@@ -91,6 +89,10 @@ class ModelSizes:
             latent_rank=config.kv_lora_rank,
             rotated_dim=config.qk_rope_head_dim,
             pair_flops=2 * config.num_attention_heads * head_width * config.num_hidden_layers,
+            # Queries, keys and values in bf16, as the projections make them and once more as the
+            # attention kernel takes them; its result, in bf16 and fp32. Rows of the hidden state.
+            prompt_token_bytes=12 * config.num_attention_heads * head_width
+            + 16 * config.hidden_size,
             max_context_tokens=config.max_position_embeddings,
         )
 
@@ -101,6 +103,11 @@ class ModelSizes:
         Raises CheckpointError or ConfigError for a folder that is none or contradicts itself.
         """
         return cls.from_config(describe_folder(folder).config)
+
+    @property
+    def num_experts(self) -> int:
+        """All routed experts of all layers."""
+        return self.moe_layers * self.experts_per_layer
 
     @property
     def routed_layer_bytes(self) -> int:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hybridk2.config import DenseDtype, KvDtype
 from hybridk2.hardware import GpuProfile, MachineProfile
-from hybridk2.planner.sizes import DenseDtype, KvDtype, ModelSizes
+from hybridk2.planner.sizes import ModelSizes
 
 HOST_BANDWIDTH = "host memory bandwidth"
 HOST_ARITHMETIC = "host arithmetic"
@@ -36,7 +37,7 @@ GPU_CHUNK_TOKENS = 16_384
 # A part that reads at less than this share of the roof does not wait for memory but for its own
 # conversions and sums: as attention over the context does, which widens its latents to fp32.
 _SHARE_BOUND_BY_MEMORY = 1 / 3
-CPU_CHUNK_TOKENS = 512  # EngineConfig.prefill_chunk_tokens
+CPU_CHUNK_TOKENS = 512
 
 
 @dataclass(frozen=True)

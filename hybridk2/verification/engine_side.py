@@ -12,14 +12,15 @@ from torch import Tensor
 from hybridk2.checkpoint import Checkpoint, LayerWeights
 from hybridk2.device import CpuDevice
 from hybridk2.experts.host import HostExperts
-from hybridk2.experts.router import AsyncRouter, PendingExperts
+from hybridk2.experts.router import PendingExperts, ThreadRouter
 from hybridk2.kv_cache import PAGE_TOKENS, CacheSequence, PagedLatentCache
 from hybridk2.model.k2 import DecoderLayer
 from hybridk2.model.layers import RotaryTable
+from hybridk2.model.moe import RoutedExperts
 
 
-class PickedExperts(AsyncRouter):
-    """An AsyncRouter whose experts are loaded when a token first picks them.
+class PickedExperts(ThreadRouter):
+    """A router whose experts are loaded when a token first picks them.
 
     Expert ids are renumbered on the way to HostExperts, which therefore holds few. Remembers the
     last submitted ids, so that a whole layer's picks can be compared.
@@ -41,7 +42,7 @@ class PickedExperts(AsyncRouter):
         return len(self._held)
 
     def submit(self, slot: int, x: Tensor, expert_ids: Tensor, weights: Tensor) -> PendingExperts:
-        """As AsyncRouter.submit; slot is that of the layer in the whole model."""
+        """As ThreadRouter.submit; slot is that of the layer in the whole model."""
         self.last_expert_ids = expert_ids
         picked = expert_ids.unique()
         if not bool(torch.isin(picked, self._held).all()):
@@ -88,7 +89,8 @@ class EngineLayer:
         self._device = CpuDevice()
         self._dtype = dtype
         self._slot = layer - self._config.first_k_dense_replace
-        self.module = DecoderLayer(self._config, weights, layer, experts, self._device, dtype)
+        routed = None if experts is None else RoutedExperts(experts)
+        self.module = DecoderLayer(self._config, weights, layer, routed, self._device, dtype)
 
     def attention(self, x: Tensor, cos: Tensor, sin: Tensor, *, absorbed: bool) -> Tensor:
         """x: (tokens, hidden), normed: a prompt of its own, nothing cached before it."""

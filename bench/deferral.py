@@ -1,0 +1,191 @@
+"""What does deferring experts by a layer do to the answers?
+
+The exact model answers K2-nano's held-out questions, greedily. Its answers are then decoded once
+more, token by token, with 0, 1, 2, ... of each token's experts deferred, and after every token the
+distribution is compared with the exact one: Kullback-Leibler divergence of it from the exact one in
+nats, and how often the likeliest token is another. Prompts are read exactly, as the engine does.
+
+The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import click
+import torch
+from torch import Tensor
+
+from hybridk2.chat.template import render
+from hybridk2.checkpoint import Checkpoint, locate_model
+from hybridk2.device import CpuDevice
+from hybridk2.experts.host import HostExperts
+from hybridk2.experts.loading import load_experts
+from hybridk2.experts.router import ThreadRouter
+from hybridk2.kv_cache import CacheSequence, PagedLatentCache
+from hybridk2.model.k2 import K2Model
+from hybridk2.model.layers import DECODE_ROWS
+from hybridk2.model.loading import load_model
+from hybridk2.model.moe import RoutedExperts
+from hybridk2.nano.cases import SUITES, draw_cases
+from hybridk2.tokenizer import Tokenizer
+
+CHUNK_TOKENS = 512
+
+
+@dataclass
+class Answer:
+    """A prompt, what the exact model answered, and its logits (tokens, vocab) after each token of
+    the answer, which decoding computed."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logits: list[Tensor]
+
+
+@click.command()
+@click.option("--cases", default=24, show_default=True, help="Questions of each kind.")
+@click.option("--max-tokens", default=200, show_default=True, help="Of an answer.")
+@click.option("--seed", default=7, show_default=True)
+@torch.inference_mode()
+def main(cases: int, max_tokens: int, seed: int) -> None:
+    """Compare K2-nano with experts deferred to K2-nano as it is."""
+    folder = locate_model("nano")
+    tokenizer = Tokenizer.from_folder(folder)
+    drawn = draw_cases(seed, dict.fromkeys(SUITES, cases))
+    prompts = [list(render(case.messages, case.talk.tools, tokenizer)) for case in drawn]
+    rows = []
+    with Checkpoint.open(folder) as checkpoint, experts_of(checkpoint) as experts:
+        ends = set(checkpoint.eos_token_ids)
+        exact = side(checkpoint, experts, 0)
+        answers: list[Answer] = []
+        for first in range(0, len(prompts), DECODE_ROWS):
+            answers += answer(*exact, prompts[first : first + DECODE_ROWS], ends, max_tokens)
+        tokens = sum(len(one.logits) for one in answers)
+        print(f"{len(answers)} answers, {tokens} decoded tokens, {where(experts)}")
+        print("deferred   KL mean    KL median  KL 99%     other likeliest token")
+        for deferred in range(checkpoint.config.num_experts_per_tok + 1):
+            divergences, changed = compare(*side(checkpoint, experts, deferred), answers)
+            row = {
+                "deferred": deferred,
+                "of": checkpoint.config.num_experts_per_tok,
+                "kl_mean": divergences.mean().item(),
+                "kl_median": divergences.median().item(),
+                "kl_99": divergences.quantile(0.99).item(),
+                "other_likeliest": changed / tokens,
+            }
+            rows.append(row)
+            print(
+                f"{deferred} of {row['of']}     {row['kl_mean']:.2e}   {row['kl_median']:.2e}   "
+                f"{row['kl_99']:.2e}   {row['other_likeliest']:.3%}",
+                flush=True,
+            )
+    print(
+        json.dumps({"bench": "deferral", "answers": len(answers), "tokens": tokens, "rows": rows})
+    )
+
+
+def experts_of(checkpoint: Checkpoint) -> HostExperts:
+    config = checkpoint.config
+    experts = HostExperts(
+        config.num_moe_layers,
+        config.n_routed_experts,
+        config.hidden_size,
+        config.moe_intermediate_size,
+    )
+    load_experts(checkpoint, experts, lambda progress: None)
+    return experts
+
+
+def side(
+    checkpoint: Checkpoint, experts: HostExperts, deferred: int
+) -> tuple[K2Model, PagedLatentCache]:
+    device = CpuDevice()
+    routed = RoutedExperts(ThreadRouter(experts, device), deferred=deferred)
+    model = load_model(checkpoint, experts, device, torch.bfloat16, routed=routed)
+    cache = PagedLatentCache(checkpoint.config, 1 << 15, CHUNK_TOKENS, device, torch.bfloat16)
+    return model, cache
+
+
+def read(
+    model: K2Model, cache: PagedLatentCache, prompt: Sequence[int]
+) -> tuple[CacheSequence, Tensor]:
+    """The sequence after a prompt that nothing is reused of, and the logits (vocab,)."""
+    sequence = cache.open([], repeatable=True)
+    for first in range(0, len(prompt), CHUNK_TOKENS):
+        ids = prompt[first : first + CHUNK_TOKENS]
+        sequence.reserve(len(ids))
+        positions = torch.arange(first, first + len(ids))
+        hidden = model.forward(torch.tensor(ids), positions, sequence)
+    return sequence, model.logits(hidden[-1:])[0]
+
+
+def decode(model: K2Model, sequences: Sequence[CacheSequence], tokens: Sequence[int]) -> Tensor:
+    """Logits (sequences, vocab) after one more token of each."""
+    for sequence in sequences:
+        sequence.reserve(1)
+    logits = model.decode(tokens, sequences, rows_are_independent=True).clone()
+    for sequence, token in zip(sequences, tokens, strict=True):
+        sequence.advance([token])
+    return logits
+
+
+def answer(
+    model: K2Model,
+    cache: PagedLatentCache,
+    prompts: Sequence[list[int]],
+    ends: set[int],
+    max_tokens: int,
+) -> list[Answer]:
+    """Greedy answers, side by side, each up to its end."""
+    answers, sequences = [], []
+    for prompt in prompts:
+        sequence, logits = read(model, cache, prompt)
+        answers.append(Answer(prompt, [int(logits.argmax())], []))
+        sequences.append(sequence)
+    running = list(range(len(prompts)))
+    while running:
+        last = [answers[index].tokens[-1] for index in running]
+        logits = decode(model, [sequences[index] for index in running], last)
+        for row, index in enumerate(running):
+            answers[index].logits.append(logits[row])
+            answers[index].tokens.append(int(logits[row].argmax()))
+        running = [
+            index
+            for index in running
+            if answers[index].tokens[-1] not in ends and len(answers[index].tokens) < max_tokens
+        ]
+    for sequence in sequences:
+        sequence.close()
+    return answers
+
+
+def compare(
+    model: K2Model, cache: PagedLatentCache, answers: Sequence[Answer]
+) -> tuple[Tensor, int]:
+    """Divergences after each token of the answers, and how many likeliest tokens are others."""
+    divergences, changed = [], 0
+    for first in range(0, len(answers), DECODE_ROWS):
+        group = answers[first : first + DECODE_ROWS]
+        sequences = [read(model, cache, one.prompt)[0] for one in group]
+        for step in range(max(len(one.logits) for one in group)):
+            running = [index for index, one in enumerate(group) if step < len(one.logits)]
+            tokens = [group[index].tokens[step] for index in running]
+            found = decode(model, [sequences[index] for index in running], tokens)
+            wanted = torch.stack([group[index].logits[step] for index in running])
+            exact, other = wanted.double().log_softmax(-1), found.double().log_softmax(-1)
+            divergences.append((exact.exp() * (exact - other)).sum(-1))
+            changed += int((wanted.argmax(-1) != found.argmax(-1)).sum())
+        for sequence in sequences:
+            sequence.close()
+    return torch.cat(divergences), changed
+
+
+def where(experts: HostExperts) -> str:
+    return f"{experts.isa}, {experts.threads} threads"
+
+
+if __name__ == "__main__":
+    main()
