@@ -85,12 +85,10 @@ const char* const kMailboxPtx = R"ptx(
   mov.u32 threads, %ntid.x;
   setp.ne.u32 other, thread, 0;
 
-  // Everybody reads the state before thread 0 changes it.
+  // Everybody reads the state before thread 0 changes it, behind the barrier.
   ld.global.u32 failed, [state+16];
   ld.global.u64 number, [state];
   ld.global.u64 to_await, [state+8];
-  bar.sync 0;
-
   setp.ne.u32 stop, failed, 0;
   @stop bra done;
   sub.u64 pending, number, to_await;

@@ -101,6 +101,7 @@ class Block:
 
     on_spin: called with the time so far, in nanoseconds, when a thread asks for it; each time takes
     a microsecond. orders: the memory orders that were named, with the address and the thread.
+    stores: addresses in global memory, as they were written.
     """
 
     memory: Memory
@@ -108,6 +109,7 @@ class Block:
     on_spin: Callable[[int], None] = lambda nanoseconds: None
     nanoseconds: int = 0
     orders: list[tuple[str, int, int]] = field(default_factory=list)
+    stores: list[int] = field(default_factory=list)
 
     def run(self, kernel: Kernel, arguments: bytes) -> None:
         """To the end of every thread. All threads meet at a barrier, or have ended."""
@@ -130,6 +132,7 @@ class Block:
         def value(operand: str) -> int:
             if operand == "%globaltimer":
                 self.nanoseconds += 1000
+                assert self.nanoseconds < 1_000_000, "a thread waits for ever"
                 self.on_spin(self.nanoseconds)
                 return self.nanoseconds
             if operand in special:
@@ -206,6 +209,7 @@ class Block:
     def _store(
         self, address: int, size: int, names: list[str], registers: dict[str, int], _: Any
     ) -> None:
+        self.stores.append(address)
         parts = [registers[name].to_bytes(size, "little") for name in names]
         self.memory.write(address, b"".join(parts))
 

@@ -21,6 +21,7 @@ KERNELS = parse(_native.MAILBOX_PTX)
 # Addresses that nothing else has; a slot: 256 bytes of words, then picks, weights, x, result.
 SLOTS, STATE, REPORT, X, IDS, WEIGHTS, OUT = (0x1000_0000 * n for n in range(1, 8))
 RING, SLOT_BYTES = 4, 4096
+WHOLE = 2048  # of a result: four reads for each of 32 threads
 IDS_AT, WEIGHTS_AT, X_AT, RESULT_AT = 256, 384, 512, 2048
 TIMED_OUT, WRONG_LAYER, OVERWRITTEN, NOT_PUBLISHED, RING_FULL = 2, 3, 4, 5, 6
 
@@ -39,7 +40,7 @@ class Card:
         self.x = self.memory.add(X, 1024)
         self.ids = self.memory.add(IDS, 96)
         self.weights = self.memory.add(WEIGHTS, 96)
-        self.out = self.memory.add(OUT, 2048)
+        self.out = self.memory.add(OUT, WHOLE)
         for data in (self.slots, self.x, self.ids, self.weights, self.out):
             data[:] = random.Random(len(data)).randbytes(len(data))
         for slot in range(RING):
@@ -119,10 +120,11 @@ def test_tokens_are_published_whole(
     assert card.slots == expected
     assert card.numbers() == (7, 6, 0)
     assert block.orders == [("st.release", SLOTS + slot, 0)]
+    assert block.stores[-2:] == [SLOTS + slot, STATE]  # behind every thread's
 
 
 @pytest.mark.parametrize("threads", [1, 3, 32, 96])
-@pytest.mark.parametrize("result_bytes", [128, 1152, 2048])
+@pytest.mark.parametrize("result_bytes", [128, 1152, WHOLE])
 def test_an_answer_is_waited_for_and_copied_whole(threads: int, result_bytes: int) -> None:
     card = Card(threads)
     card.begin(3)
@@ -145,21 +147,21 @@ def test_an_answer_is_waited_for_and_copied_whole(threads: int, result_bytes: in
     assert {order for order, *_ in block.orders} == {"ld.acquire", "ld.relaxed"}
 
 
-def assert_failed(card: Card, number: int, code: int, layer: int, result_bytes: int = 128) -> None:
+def assert_failed(card: Card, number: int, code: int, layer: int) -> None:
     assert card.failure() == (number, code, layer)
     assert card.numbers()[2] == code
-    assert not any(card.out[:result_bytes])
+    assert not any(card.out)
 
 
 def test_no_answer_in_time_is_reported_and_the_next_await_does_not_wait() -> None:
     card = Card()
     card.publish(1, 128, 12, 1)
     card.publish(2, 128, 12, 1)
-    block = card.await_answer(1, 128)
+    block = card.await_answer(1, WHOLE)
     assert 50_000 <= block.nanoseconds < 53_000
     assert_failed(card, 1, TIMED_OUT, 1)
     card.out[:] = b"x" * len(card.out)
-    block = card.await_answer(2, 128)
+    block = card.await_answer(2, WHOLE)
     assert block.nanoseconds == 0
     assert_failed(card, 1, TIMED_OUT, 1)  # the first is what is told
     before = bytes(card.slots)
@@ -180,13 +182,13 @@ def test_an_answer_that_is_none_is_reported(
     card = Card()
     card.publish(1, 128, 12, 1)
     card.answer(1, answered, layer, code)
-    card.await_answer(1, 128)
+    card.await_answer(1, WHOLE)
     assert_failed(card, 1, reported, 1)
 
 
 def test_what_was_not_published_is_not_waited_for() -> None:
     card = Card()
-    assert card.await_answer(1, 128).nanoseconds == 0
+    assert card.await_answer(1, WHOLE).nanoseconds == 0
     assert_failed(card, 1, NOT_PUBLISHED, 1)
 
 
@@ -201,5 +203,5 @@ def test_a_slot_is_not_published_again_before_it_was_awaited() -> None:
     card.begin(1 + RING)
     card.publish(0, 128, 12, 1)
     card.answer((1 + RING) % RING, 1 + RING, 0, 0)
-    card.await_answer(0, 128)
+    card.await_answer(0, WHOLE)
     assert card.numbers() == (2 + RING, 2 + RING, 0)

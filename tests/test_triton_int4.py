@@ -6,27 +6,29 @@ import pytest
 import torch
 from torch import Tensor
 
+from hybridk2.config import KIMI_K2_THINKING
+from hybridk2.experts.host import HostExperts
+from hybridk2.planner import ModelSizes
 from tests.expert_panels import pack_expert
 from tests.expert_weights import (
-    EXPERTS,
-    HIDDEN,
-    INTERMEDIATE,
     RandomLayer,
     assert_within,
     compute,
-    loaded,
     random_activations,
     random_routing,
 )
 from tests.triton_kernels import DEVICE
-from tests.triton_offline import CARDS, MOST_SHARED_BYTES, compiled
+from tests.triton_offline import CARDS, MOST_SHARED_BYTES, MOST_STACK_BYTES, compiled
 
 int4 = pytest.importorskip("hybridk2.model.triton.int4", reason="Triton is not installed")
+
+# Widths of 1.5 blocks and of half a one: both matrices end in the middle of a block. Small, as the
+# interpreter takes 40 ms for a strip.
+EXPERTS, HIDDEN, INTERMEDIATE = 6, 96, 32
 
 
 @pytest.fixture(scope="module")
 def layer() -> RandomLayer:
-    """A width of 3.5 blocks and one of 1.5: both matrices end in the middle of a block."""
     return RandomLayer(EXPERTS, HIDDEN, INTERMEDIATE)
 
 
@@ -41,10 +43,12 @@ def resident(
     return int4.resident_experts(*arguments, intermediate=layer.intermediate).cpu()
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 8])
-def test_the_weighted_sum_of_experts_is_the_references(layer: RandomLayer, tokens: int) -> None:
+@pytest.mark.parametrize(("tokens", "top_k"), [(1, 3), (8, 1)])
+def test_the_weighted_sum_of_experts_is_the_references(
+    layer: RandomLayer, tokens: int, top_k: int
+) -> None:
     x = random_activations(tokens, HIDDEN, torch.bfloat16)
-    ids, weights = random_routing(tokens, EXPERTS, 2)
+    ids, weights = random_routing(tokens, EXPERTS, top_k)
     found = resident(layer, x, ids, weights, packed(layer, list(range(EXPERTS))))
     assert_within(found, layer.reference(x, ids, weights))
 
@@ -72,16 +76,14 @@ def test_an_expert_may_stand_twice_in_a_row(layer: RandomLayer) -> None:
 
 
 def test_a_tokens_bits_do_not_depend_on_its_neighbours(layer: RandomLayer) -> None:
-    x = random_activations(5, HIDDEN, torch.bfloat16)
-    ids, weights = random_routing(5, EXPERTS, 2)
+    x = random_activations(2, HIDDEN, torch.bfloat16)
+    ids, weights = random_routing(2, EXPERTS, 2)
     panels = packed(layer, list(range(EXPERTS)))
     together = resident(layer, x, ids, weights, panels)
-    for token in range(5):
+    for token in range(2):
         row = slice(token, token + 1)
         alone = resident(layer, x[row].contiguous(), ids[row], weights[row], panels)
         assert torch.equal(together[row], alone)
-    again = resident(layer, x, ids, weights, panels)
-    assert torch.equal(together, again)
 
 
 def test_one_tokens_nan_stays_its_own(layer: RandomLayer) -> None:
@@ -99,23 +101,36 @@ def test_host_and_resident_shares_add_up_to_the_host_alone(layer: RandomLayer) -
     ids, weights = random_routing(4, EXPERTS, 2)
     lives_here = ids % 2 == 0
     panels = packed(layer, list(range(EXPERTS)))
-    with loaded(layer, threads=1) as host:
+    with HostExperts(1, EXPERTS, HIDDEN, INTERMEDIATE, threads=1) as host:
+        layer.load_into(host)
         share = compute(host, x, ids.where(~lives_here, -1), weights)
     share = share + resident(layer, x, ids.where(lives_here, -1), weights, panels)
     assert_within(share, layer.reference(x, ids, weights))
 
 
-def test_a_k2_expert_is_the_references() -> None:
-    k2 = RandomLayer(1, 7168, 2048)
-    x = random_activations(1, 7168, torch.bfloat16)
-    ids, weights = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1)
-    panels = packed(k2, [0])
-    assert panels.shape[1] == int4.expert_bytes(7168, 2048) == 24_772_608
-    found = resident(k2, x, ids, weights, panels)
-    assert_within(found, k2.reference(x, ids, weights))
+@pytest.mark.parametrize(
+    ("hidden", "intermediate"),
+    [
+        (1056, 32),
+        (32, 1056),
+        pytest.param(7168, 2048, marks=pytest.mark.soak),
+    ],
+)
+def test_long_sums_pass_over_several_tiles(hidden: int, intermediate: int) -> None:
+    """K2's own widths take the interpreter half a minute. A tile is 128 lines of 8 columns: 1056
+    columns are a tile and four lines, and end in the middle of a block."""
+    layer = RandomLayer(2, hidden, intermediate)
+    x = random_activations(1, hidden, torch.bfloat16)
+    ids, weights = torch.tensor([[1]], dtype=torch.int32), torch.tensor([[0.5]])
+    found = resident(layer, x, ids, weights, packed(layer, [0, 1]))
+    assert_within(found, layer.reference(x, ids, weights))
 
 
-@pytest.mark.parametrize(("hidden", "intermediate"), [(HIDDEN, INTERMEDIATE), (512, 128)])
+def test_an_expert_has_as_many_bytes_as_the_planner_counts() -> None:
+    assert int4.expert_bytes(7168, 2048) == ModelSizes.from_config(KIMI_K2_THINKING).expert_bytes
+
+
+@pytest.mark.parametrize(("hidden", "intermediate"), [(96, 32), (512, 128)])
 def test_a_widened_expert_is_each_value_rounded_to_the_nearest_bf16(
     hidden: int, intermediate: int
 ) -> None:
@@ -168,4 +183,4 @@ def test_the_kernels_compile_for_every_card_within_its_shared_memory() -> None:
     }
     for kernel in found:
         assert kernel.shared_bytes <= MOST_SHARED_BYTES, kernel
-        assert kernel.spilled_bytes == 0, kernel
+        assert kernel.stack_bytes <= MOST_STACK_BYTES, kernel

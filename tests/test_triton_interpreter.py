@@ -38,3 +38,10 @@ def test_fp32_is_rounded_to_the_nearest_bf16_ties_to_even() -> None:
     out = torch.empty(8, dtype=torch.bfloat16, device=DEVICE)
     convert_kernel[(1,)](values.to(DEVICE), out, N=8)
     torch.testing.assert_close(out.cpu(), values.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_integers_become_the_bf16_numbers_of_their_value() -> None:
+    values = torch.arange(-128, 128, dtype=torch.int8)
+    out = torch.empty(256, dtype=torch.bfloat16, device=DEVICE)
+    convert_kernel[(1,)](values.to(DEVICE), out, N=256)
+    assert torch.equal(out.cpu(), values.bfloat16())

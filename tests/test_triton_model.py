@@ -17,6 +17,7 @@ from hybridk2.kv_cache import LatentFormat, PagedLatentCache
 from hybridk2.model.attention import PagedMix
 from hybridk2.model.k2 import K2Model
 from hybridk2.model.loading import fp8_latents, load_model, paged_mix_for
+from hybridk2.model.triton import int8
 from tests.triton_kernels import INTERPRETED
 
 if not INTERPRETED:
@@ -134,6 +135,23 @@ def test_fp8_latents_pass_the_cache_the_kernel_and_flash_attention(workbench: Wo
     # The kernel computes with exactly what is stored, in the same order.
     assert torch.equal(found, workbench.logits(model, torch.bfloat16, rounded))
     assert not torch.equal(found, workbench.logits(model, torch.bfloat16))
+
+
+def test_int8_weights_compute_what_their_dequantised_values_do(
+    workbench: Workbench, rounding: tuple[Tensor, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of few rows no product is rounded, of many each weight is rounded once: bf16's own noise."""
+    _, allowed = rounding
+    found = workbench.logits(workbench.model(torch.bfloat16, int8=True), torch.bfloat16)
+
+    def rounded(weight: Tensor) -> Tensor:
+        return int8.dequantise(int8.quantise(weight))
+
+    monkeypatch.setattr("hybridk2.model.layers.quantise", rounded)
+    wanted = workbench.logits(workbench.model(torch.bfloat16, int8=True), torch.bfloat16)
+    assert float((found - wanted).abs().max()) <= allowed
+    plain = workbench.logits(workbench.model(torch.bfloat16), torch.bfloat16)
+    assert not torch.equal(wanted, plain)
 
 
 def test_a_device_without_kernels_gets_none(workbench: Workbench) -> None:

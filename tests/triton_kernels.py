@@ -5,8 +5,9 @@ tests/test_triton_*.py` runs the same tests on it. conftest.py sets the variable
 imports Triton: what it compiles and what it interprets is decided then, once for a process.
 
 The interpreter keeps bf16 numbers as uint16 and does not support arithmetic on them: it multiplies
-their bits in tl.dot and cuts fp32 off instead of rounding it. `mend_interpreter` puts both right;
-test_triton_interpreter.py holds it to that.
+their bits in tl.dot, takes integers for bits, and cuts fp32 off instead of rounding it. In Triton
+3.6 and older it also converts scalars in a way that NumPy 2.4 refuses. `mend_interpreter` puts this
+right, test_triton_interpreter.py holds it to that; 3.4, 3.6, 3.7 and 3.9 pass.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 
 
 def mend_interpreter() -> None:
-    """Make the interpreter's conversions between fp32 and bf16 and its products of bf16 right."""
+    """Make the interpreter's conversions to and from bf16, its products of bf16 and its scalars
+    right."""
     from triton.language import bfloat16, float32
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     if getattr(InterpreterBuilder, "bf16_is_mended", False):
@@ -36,6 +39,7 @@ def mend_interpreter() -> None:
         InterpreterBuilder.create_dot,
         InterpreterBuilder.create_fp_to_fp,
     )
+    patch_tensor = interpreter._patch_lang_tensor
 
     def widened(bits: np.ndarray) -> np.ndarray:
         return (bits.astype(np.uint32) << 16).view(np.float32)
@@ -46,12 +50,14 @@ def mend_interpreter() -> None:
 
     # A handle is true when all its values are: `is None` is the question everywhere.
     def between(source: Any, target: Any) -> Any:
-        """The conversion of a handle between fp32 and bf16, None for any other."""
+        """A handle converted from bf16 to fp32 or from fp32 or integers to bf16, else None."""
         kinds = source.dtype.scalar, target.scalar
         if kinds == (bfloat16, float32):
             return TensorHandle(widened(source.data), float32)
         if kinds == (float32, bfloat16):
             return TensorHandle(rounded(source.data), bfloat16)
+        if target.scalar == bfloat16 and source.dtype.scalar.is_int():
+            return TensorHandle(rounded(source.data.astype(np.float32)), bfloat16)
         return None
 
     def mended_cast(self: Any, source: Any, target: Any) -> Any:
@@ -67,6 +73,11 @@ def mend_interpreter() -> None:
         sides = (old if new is None else new for old, new in zip((a, b), wide, strict=True))
         return dot(self, *sides, *rest)
 
+    def mended_patch(tensor: Any, *rest: Any) -> None:
+        patch_tensor(tensor, *rest)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = mended_patch
     InterpreterBuilder.cast_impl = mended_cast
     InterpreterBuilder.create_fp_to_fp = mended_convert
     InterpreterBuilder.create_dot = mended_dot

@@ -25,6 +25,8 @@ import torch
 CARDS = (80, 89, 90, 120)
 # What one program may have of shared memory on sm_89 and sm_120, the smallest of them.
 MOST_SHARED_BYTES = 99 * 1024
+# A thread's local memory: two words may lie there whatever a kernel does, spilled tiles are more.
+MOST_STACK_BYTES = 16
 
 _TYPES = {
     torch.bfloat16: "*bf16",
@@ -37,13 +39,13 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel on one card; spilled_bytes: of a thread's registers, in local memory."""
+    """One kernel on one card. stack_bytes: of a thread's local memory, spilled registers."""
 
     kernel: str
     card: int
     shared_bytes: int
     registers: int
-    spilled_bytes: int
+    stack_bytes: int
 
 
 def compiled(module: str, function: str, cards: tuple[int, ...] = CARDS) -> list[Compiled]:
@@ -107,8 +109,8 @@ def _compile(
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     result = triton.compile(source, target=GPUTarget("cuda", card, 32), options=options)
-    registers, spilled = _resources(result.asm["cubin"])
-    return Compiled(kernel.__name__, card, result.metadata.shared, registers, spilled)
+    registers, stack = _resources(result.asm["cubin"])
+    return Compiled(kernel.__name__, card, result.metadata.shared, registers, stack)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

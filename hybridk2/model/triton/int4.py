@@ -10,9 +10,10 @@ sums of experts fp32 in a fixed order. Sums are cut elsewhere than on the host, 
 
 A nibble becomes fp32 in two operations, where it stands in its word. `word & 15 << s | 2^23's bits`
 is the fp32 number 2^23 + nibble * 2^s, for s up to 12; what is subtracted leaves (nibble - 8) *
-2^s exactly, and the activation is multiplied by 2^-s instead, which is exact as well. Converting
-instructions run at a quarter of that rate or less. One shift by 16 brings the upper four nibbles
-down. 3.2 operations a weight: at 3 TB/s, 5.3 * 10^12 weights/s, 60% of an H100's.
+2^s exactly, and two columns' sum of products is multiplied by 2^-s instead, which is exact as well.
+Converting instructions run at a quarter of that rate or less. One shift by 16 brings the upper four
+nibbles down. About 3.6 operations a weight, 19 * 10^12 a second for the 5.3 * 10^12 weights that 3
+TB/s are, of 29 * 10^12 that an H100 can do.
 """
 
 from __future__ import annotations
@@ -31,13 +32,15 @@ _GROUP_COLUMNS = 32
 _STRIP_BLOCK_BYTES = 1152
 _LINES_PER_BLOCK = 8
 
-# Lines of a strip that a program takes at a time, 128 bytes each, and its warps: 16 KB are asked
-# for at once, and the 128 programs of one expert's gate and up ask for 2.1 MB, about what 3 TB/s
-# need to hide 700 ns. An expert has 24.8 MB, 8 microseconds of an H100. Not timed on a card yet.
+# Lines of a strip that a program takes at a time, 128 bytes each, and its warps: 16 KB are under
+# way while 16 KB are computed with. The 128 programs of one expert's gate and up have 2.1 MB under
+# way, about what 3 TB/s need to hide 700 ns; 4 warps spilled registers. An expert has 24.8 MB, 8
+# microseconds of an H100, of which two launches take some. Nothing has been timed on a card yet.
 _LINES = 128
-_WARPS = 4
+_WARPS = 8
 # Of the widening kernel, which writes 16 bf16 rows of 8 columns a line.
 _WIDENED_LINES = 32
+_WIDENING_WARPS = 4
 
 
 def expert_bytes(hidden: int, intermediate: int) -> int:
@@ -141,7 +144,7 @@ def dequantise(
             apart,
             BLOCKS=_blocks(columns),
             LINES=_WIDENED_LINES,
-            num_warps=_WARPS,
+            num_warps=_WIDENING_WARPS,
         )
 
 
@@ -169,6 +172,35 @@ def _value(words: tl.tensor, COLUMN: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def _pair(words: tl.tensor, even: tl.tensor, odd: tl.tensor, COLUMN: tl.constexpr) -> tl.tensor:
+    """Columns COLUMN, an even one, and COLUMN + 1 of each word, multiplied by theirs of x."""
+    pair = _value(words, COLUMN) * even[:, :, None] + _value(words, COLUMN + 1) * odd[:, :, None]
+    return pair * (1.0 / (1 << (2 * COLUMN)))
+
+
+@triton.jit
+def _read_lines(
+    words: tl.tensor, scales: tl.tensor, begin: tl.tensor, BLOCKS: tl.constexpr, LINES: tl.constexpr
+) -> tl.tensor:
+    """Words and scales of LINES lines of a strip: (lines, 8 fours of rows, 4 rows).
+
+    In int32 and in bf16 a block has 288 and 576 elements, a panel 144 and 288, of which the scales
+    are the last 32: 16 rows of each group of four lines.
+    """
+    fours = tl.arange(0, 8)
+    row = tl.arange(0, 4)[None, None, :]
+    lines = begin + tl.arange(0, LINES)
+    there = (lines < BLOCKS * 8)[:, None, None]
+    block, line = lines // 8, lines % 8
+    at = (block * 288 + line * 16)[:, None] + (fours // 4 * 144 + fours % 4 * 4)[None, :]
+    word = tl.load(words + at[:, :, None] + row, mask=there, other=0)
+    at = (block * 576 + 256 + line // 4 * 16)[:, None]
+    at = at + (fours // 4 * 288 + fours % 4 * 4)[None, :]
+    scale = tl.load(scales + at[:, :, None] + row, mask=there, other=0.0)
+    return word.to(tl.uint32, bitcast=True), scale
+
+
+@triton.jit
 def _strip_sums(
     words: tl.tensor,
     scales: tl.tensor,
@@ -179,34 +211,35 @@ def _strip_sums(
 ) -> tl.tensor:
     """Products of one strip's 32 rows with x: (32,) fp32, those of the first panel first.
 
-    words, scales: where the strip begins, in int32 and in bf16. In them a block has 288 and 576,
-    a panel 144 and 288, of which the scales are the last 32: 16 rows of each group of four lines.
+    words, scales: where the strip begins, in int32 and in bf16.
+
+    The last dimension of tiles is what a thread loads at once, 16 bytes of words, 16 of x, 8 of
+    scales, and the first two say which thread, alike for all three. So nothing moves between
+    threads before the sum at the end. (x as a vector of lines took 20 barriers for every tile.) The
+    next tile's words are asked for before this one's are used; asynchronous copies would have to
+    take x along, from L2, eight times what they need.
     """
-    lanes = tl.arange(0, 32)
-    panel, row = lanes // 16, lanes % 16
-    sums = tl.zeros((LINES, 32), tl.float32)
+    fours = tl.arange(0, 8)[None, :, None]
+    column = tl.arange(0, 8)[None, None, :]
+    sums = tl.zeros((LINES, 8, 4), tl.float32)
+    word, scale = _read_lines(words, scales, 0, BLOCKS, LINES)
     for begin in range(0, BLOCKS * 8, LINES):
-        lines = begin + tl.arange(0, LINES)
-        there = (lines < BLOCKS * 8)[:, None]
-        block, line = lines // 8, lines % 8
-        word = tl.load(
-            words + (block * 288 + line * 16)[:, None] + (panel * 144 + row)[None, :],
-            mask=there,
-            other=0,
-        ).to(tl.uint32, bitcast=True)
-        scale = tl.load(
-            scales + (block * 576 + 256 + line // 4 * 16)[:, None] + (panel * 288 + row)[None, :],
-            mask=there,
-            other=0.0,
-        )
-        share = tl.zeros((LINES, 32), tl.float32)
-        for column in tl.static_range(8):
-            columns = lines * 8 + column
-            activation = tl.load(x + columns, mask=columns < num_columns, other=0.0)
-            scaled = activation.to(tl.float32) * (1.0 / (1 << (4 * (column // 2))))
-            share += _value(word, column) * scaled[:, None]
+        next_word, next_scale = _read_lines(words, scales, begin + LINES, BLOCKS, LINES)
+        at = (begin + tl.arange(0, LINES))[:, None, None] * 8 + fours * 0 + column
+        eight = tl.load(x + at, mask=at < num_columns, other=0.0).to(tl.float32)
+        # Each split takes the lowest bit of the column's number.
+        even, odd = tl.split(tl.reshape(eight, (LINES, 8, 4, 2)))
+        even_04, even_26 = tl.split(tl.reshape(even, (LINES, 8, 2, 2)))
+        odd_15, odd_37 = tl.split(tl.reshape(odd, (LINES, 8, 2, 2)))
+        x0, x4 = tl.split(even_04)
+        x2, x6 = tl.split(even_26)
+        x1, x5 = tl.split(odd_15)
+        x3, x7 = tl.split(odd_37)
+        share = _pair(word, x0, x1, 0) + _pair(word, x2, x3, 2)
+        share += _pair(word, x4, x5, 4) + _pair(word, x6, x7, 6)
         sums += share * scale.to(tl.float32)
-    return tl.sum(sums, axis=0)
+        word, scale = next_word, next_scale
+    return tl.reshape(tl.sum(sums, axis=0), (32,))
 
 
 @triton.jit

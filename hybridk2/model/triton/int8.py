@@ -31,8 +31,8 @@ def quantise(weight: Tensor) -> Int8Linear:
     rows, columns = weight.shape
     grouped = F.pad(weight, (0, -columns % GROUP)).float().view(rows, -1, GROUP)
     scales = (grouped.abs().amax(dim=-1) / _LARGEST_CODE).bfloat16()
-    # A scale of 0, of zeros alone or of numbers too small for bf16, must not divide. A scale that
-    # was rounded down leaves the largest up to 0.25 scales above 127 scales.
+    # A scale of 0, of zeros alone or of numbers too small for bf16, must not divide. Where a scale
+    # was rounded down, by 2^-8 of itself at most, the largest is 127.5 of them at most.
     divisors = torch.where(scales > 0, scales, 1).float()
     codes = (grouped / divisors[..., None]).round().clamp(-_LARGEST_CODE, _LARGEST_CODE)
     return Int8Linear(codes.to(torch.int8).view(rows, -1), scales, columns)

@@ -60,9 +60,9 @@ def quantise_latents(latents: Tensor, *, rank: int) -> Tensor:
     padded = torch.nn.functional.pad(latent.float(), (0, groups * GROUP - rank))
     grouped = padded.unflatten(-1, (groups, GROUP))
     largest = grouped.abs().amax(dim=-1, keepdim=True)
-    # largest / 448 = m * 2^e with m < 1, so |value| / 2^e stays below 448.
-    _, exponent = torch.frexp(largest / LARGEST_CODE)
-    exponent = exponent.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)
+    # largest / 448 = m * 2^e with 0.5 <= m < 1: 2^e is enough, and half of it where m is 0.5.
+    part, exponent = torch.frexp(largest / LARGEST_CODE)
+    exponent = (exponent - (part == 0.5).int()).clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)
     codes = (grouped * _power_of_two(-exponent)).to(torch.float8_e4m3fn)
     scales = _power_of_two(exponent) + 0 * largest  # NaN where the largest is NaN or infinite
     return torch.cat(

@@ -13,7 +13,7 @@ rescaling is Milakov and Gimelshein's, arXiv 1805.02867). Shares are cut by the 
 kernel reads from device memory, so a captured graph serves every length.
 
 Products are of bf16 numbers, sums are fp32. Softmax weights are rounded to bf16 before they meet
-the latents, as every flash kernel does: an output is off by 2^-9 of the weighted mean of |latent|
+the latents, as every flash kernel does: an output is off by 2^-8 of the weighted mean of |latent|
 at most. With fp32 queries nothing is rounded: queries and weights are taken apart into three bf16
 numbers each, whose products are exact, at three times the multiplications.
 
