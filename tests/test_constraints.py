@@ -242,6 +242,15 @@ def test_a_call_that_breaks_what_could_not_be_held_has_no_end() -> None:
     assert min(outcomes.values()) > 5, outcomes  # chance makes half of the pairs equal
 
 
+def test_a_failed_check_names_the_tool_of_its_own_request() -> None:
+    impossible = {**PAIR, "properties": {"pair": {**PAIR["properties"]["pair"], "maxItems": 2}}}
+    impossible["properties"]["pair"]["items"] = {"const": "a"}
+    for name in ("first", "second"):  # one schema, compiled once
+        constraint = held(declared(**{name: impossible}), "required", max_tokens=90)
+        with pytest.raises(ReplyError, match=rf"tools\[0\].function.parameters \({name}\): what"):
+            write(constraint, 90, 0)
+
+
 def test_a_strict_tool_or_format_is_held_wholly_or_refused() -> None:
     with pytest.raises(RequestError, match=r"parameters \(pair\): .*uniqueItems"):
         CONSTRAINTS.for_reply(strictly(declared(pair=PAIR)))

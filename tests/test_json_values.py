@@ -60,7 +60,7 @@ def accepts(schema: Any, text: str, *, strict: bool = True) -> bool:
             return False
         value.accept(token_id)
     if value.mask(10**6)[1]:
-        value.end()
+        value.end("here")
         return True
     return False
 

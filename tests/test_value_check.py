@@ -31,7 +31,7 @@ def ends(schema: Any, text: str) -> bool:
         value.accept(token_id)
     assert value.mask(10**6)[1], "the grammar holds its end"
     try:
-        value.end()
+        value.end("here")
     except ReplyError:
         return False
     return True
@@ -147,7 +147,7 @@ def test_a_value_ends_exactly_when_the_judge_finds_it_valid() -> None:
             continue  # the budget was below the shortest value
         valid = Draft202012Validator(schema).is_valid(found)
         try:
-            value.end()
+            value.end("here")
         except ReplyError:
             assert not valid, (seed, text)
         else:
@@ -201,19 +201,19 @@ def test_what_cannot_be_checked_in_bounded_time_is_refused(schema: Any, reason: 
 def test_a_value_beyond_what_can_be_checked_is_not_let_through(text: bytes) -> None:
     check = ValueCheck({"not": {"type": "string"}}, ["not"], "here")
     with pytest.raises(ReplyError, match="here: what the model wrote was too"):
-        check.require(text)
+        check.require(text, "here")
 
 
 def test_a_pattern_that_is_a_bomb_elsewhere_is_matched_in_linear_time() -> None:
     # Backtracking would take 2 ** 5000 steps.
     check = ValueCheck({"not": {"pattern": "^(x+x+)+y$"}}, ["not"], "here")
-    check.require(b'"' + b"x" * 5000 + b'"')
+    check.require(b'"' + b"x" * 5000 + b'"', "here")
 
 
 def test_a_failed_check_says_what_failed_and_repeats_nothing_of_the_value() -> None:
-    check = ValueCheck({"not": {"const": "secret"}}, ["not"], "tools[0].function.parameters (f)")
+    check = ValueCheck({"not": {"const": "secret"}}, ["not"], "here")
     with pytest.raises(ReplyError) as failed:
-        check.require(b'"secret"')
+        check.require(b'"secret"', "tools[0].function.parameters (f)")
     assert str(failed.value).startswith("tools[0].function.parameters (f): what the model wrote")
     assert "not cannot be held" in str(failed.value)
     assert "secret" not in str(failed.value)

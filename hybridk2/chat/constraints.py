@@ -36,6 +36,8 @@ _UNLIMITED = 2**31
 # and a fifth of that for schemas in use.
 _MAX_TOOL_SCHEMA_CHARACTERS = 400_000
 
+_FORMAT = "response_format.json_schema"
+
 # Markers that the model sometimes writes in the singular, where the vocabulary has them.
 _SINGULAR_MARKERS = ("<|tool_call_section_begin|>", "<|tool_call_section_end|>")
 
@@ -104,13 +106,12 @@ class Constraints:
             raise RequestError(
                 'response_format.type: expected "text", "json_object" or "json_schema".'
             )
-        where = "response_format.json_schema"
         outer = response_format.get("json_schema")
         schema = outer.get("schema") if isinstance(outer, Mapping) else None
         if not isinstance(outer, Mapping) or not isinstance(schema, Mapping):
-            raise RequestError(f"{where}.schema: expected a JSON schema, an object.")
+            raise RequestError(f"{_FORMAT}.schema: expected a JSON schema, an object.")
         strict = outer.get("strict") is True
-        return self._compiler.compile(schema, f"{where}.schema", strict=strict)
+        return self._compiler.compile(schema, f"{_FORMAT}.schema", strict=strict)
 
     def _tools(
         self, tools: Sequence[Mapping[str, Any]], tool_calls_in_history: int
@@ -142,7 +143,8 @@ class Constraints:
                 )
             # The number's length counts; no reply makes a thousand calls.
             longest_id = f"functions.{name}:{tool_calls_in_history + 999}"
-            named[name] = _HeldTool(name, arguments, len(self._tokenizer.encode(longest_id)))
+            id_tokens = len(self._tokenizer.encode(longest_id))
+            named[name] = _HeldTool(name, where, arguments, id_tokens)
         return named
 
 
@@ -198,6 +200,7 @@ def _function_name(choice: Any, where: str) -> str:
 @dataclass(frozen=True, slots=True)
 class _HeldTool:
     name: str
+    where: str  # its schema stands in the request
     arguments: JsonSchema
     id_tokens: int  # of the longest id a call of it may have
 
@@ -281,6 +284,7 @@ class ReplyConstraint:
         content = None if rules.must_call else rules.content
         self._content = content
         self._value: JsonValue | None = None if content is None else content.begin()
+        self._called: _HeldTool | None = None  # the tool whose arguments are the value
         self._phase = _Phase.START if rules.must_call or content is not None else _Phase.FREE
         self._tokens_left = rules.max_tokens
         self._think_tokens = 0
@@ -316,8 +320,9 @@ class ReplyConstraint:
         self._tokens_left -= 1
         control = self._control
         if token_id in (control.im_end, control.tool_calls_section_end):
-            if self._phase is _Phase.CONTENT and self._value is not None:
-                self._value.end()
+            if self._phase is _Phase.CONTENT:
+                assert self._value is not None
+                self._value.end(f"{_FORMAT}.schema")
             self._phase = _Phase.END
         elif token_id == control.tool_calls_section_begin:
             self._phase = _Phase.SECTION
@@ -325,11 +330,12 @@ class ReplyConstraint:
             self._begin_call()
         elif token_id == control.tool_call_argument_begin:
             called = next(tool for rest, tool in self._ids if not rest)
-            self._value = called.arguments.begin()
+            self._value, self._called = called.arguments.begin(), called
             self._phase = _Phase.ARGUMENTS
         elif token_id == control.tool_call_end:
             assert self._value is not None
-            self._value.end()
+            assert self._called is not None
+            self._value.end(self._called.where)
             self._num_calls += 1
             self._phase = _Phase.SECTION
         else:

@@ -155,11 +155,11 @@ class JsonValue:
             del self._ending[0]
         self._completion_bound += self._schema.growth_tokens
 
-    def end(self) -> None:
-        """The value ended, where the mask said that it may. Raises ReplyError when it breaks what
-        could not be held while it was written."""
+    def end(self, where: str) -> None:
+        """The value ended, where the mask said that it may. Raises ReplyError, naming `where`, when
+        it breaks what could not be held while it was written."""
         if self._schema.check is not None:
-            self._schema.check.require(bytes(self._text))
+            self._schema.check.require(bytes(self._text), where)
 
     def completion(self) -> list[int] | None:
         """Few tokens that would complete the value from here; None when no short end is found."""
@@ -277,13 +277,11 @@ class SchemaCompiler:
         """Whether a value may fit several branches of a oneOf, as far as the library can tell."""
         if not any("oneOf" in node for node in subschemas(schema)):
             return False
-        options: JsonCompileOptions = {**_GRAMMAR_OPTIONS, "coerce_one_of": False}
         text = json.dumps(schema, ensure_ascii=False)
         try:
-            grammar = LLMatcher.grammar_from_json_schema(text, overrides=options)
+            matcher = self._vocabulary.matcher(text, {**_GRAMMAR_OPTIONS, "coerce_one_of": False})
         except ValueError:
             return False  # will be refused for that
-        matcher = LLMatcher(self._vocabulary.grammar_tokenizer, grammar, log_level=0)
         return matcher.is_error() and matcher.get_error().startswith(_OVERLAPPING)
 
     def _search(self, schema: dict[str, Any]) -> CompletionSearch:
@@ -301,11 +299,7 @@ class SchemaCompiler:
 
     def _matcher(self, text: str, where: str) -> LLMatcher:
         try:
-            grammar = LLMatcher.grammar_from_json_schema(text, overrides=_GRAMMAR_OPTIONS)
-            limits = LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
-            matcher = LLMatcher(
-                self._vocabulary.grammar_tokenizer, grammar, log_level=0, limits=limits
-            )
+            matcher = self._vocabulary.matcher(text, _GRAMMAR_OPTIONS)
         except ValueError as error:
             raise RequestError(f"{where}: {_reason(str(error))}") from error
         matcher.compute_bitmask()  # some limits show only now
@@ -334,11 +328,18 @@ class _Vocabulary:
             if len(token := tokenizer.token_bytes(token_id)) == 1
         }
         self.byte_ids = [singles[bytes([byte])] for byte in range(256)]
-        self.grammar_tokenizer = LLTokenizer(
+        self._grammar_tokenizer = LLTokenizer(
             TokenizerWrapper(_GrammarVocabulary(tokenizer)),
             n_vocab=self.size,
             eos_token=self.end_id,
         )
+
+    def matcher(self, schema_text: str, options: JsonCompileOptions) -> LLMatcher:
+        """Of values under a schema. Raises ValueError for some that the library cannot hold; others
+        show in `is_error`."""
+        grammar = LLMatcher.grammar_from_json_schema(schema_text, overrides=options)
+        limits = LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
+        return LLMatcher(self._grammar_tokenizer, grammar, log_level=0, limits=limits)
 
     def count_tokens(self, text: str) -> int:
         return len(self.tokenizer.encode(text))

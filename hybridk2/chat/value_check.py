@@ -62,29 +62,29 @@ class ValueCheck:
         """left_out: the keywords because of which it is needed. Raises RequestError, naming `where`
         and them, for a schema under which no value can be checked in bounded time."""
         self._schema = schema
-        self._where = where
         self._keywords = ", ".join(left_out)
-        self._num_schemas = self._count_schemas()
+        self._num_schemas = self._count_schemas(where)
         try:
             self._validator()
         except (ValidationError, ValueError) as error:
-            raise self._refusal(
+            reason = (
                 "the schema is not one of its draft, or a pattern in it is large or looks around."
-            ) from error
+            )
+            raise self._refusal(where, reason) from error
 
-    def require(self, text: bytes) -> None:
-        """Raises ReplyError when a JSON text is not a value of the schema."""
+    def require(self, text: bytes, where: str) -> None:
+        """Raises ReplyError, naming `where`, when a JSON text is not a value of the schema."""
         num_values = 1 + sum(text.count(mark) for mark in (b",", b":", b"[", b"{"))
         if num_values * self._num_schemas > _MAX_EVALUATIONS:
-            raise self._failure("was too large to be checked")
+            raise self._failure(where, "was too large to be checked")
         try:
             valid = self._validator().is_valid(json.loads(text))
         except (ValueError, RecursionError) as error:
-            raise self._failure("was too deep to be checked") from error
+            raise self._failure(where, "was too deep to be checked") from error
         if not valid:
-            raise self._failure("was not valid under it")
+            raise self._failure(where, "was not valid under it")
 
-    def _count_schemas(self) -> int:
+    def _count_schemas(self, where: str) -> int:
         num_schemas = num_patterns = 0
         for node in applied_schemas(self._schema):
             num_schemas += 1
@@ -93,11 +93,12 @@ class ValueCheck:
             num_patterns += len(by_pattern) if isinstance(by_pattern, dict) else 0
             unchecked = next((name for name in _UNCHECKED if name in node), None)
             if unchecked is not None:
-                raise self._refusal(f"beside {unchecked} that cannot be done.")
+                raise self._refusal(where, f"beside {unchecked} that cannot be done.")
             if num_schemas > _MAX_SCHEMAS or num_patterns > _MAX_PATTERNS:
                 raise self._refusal(
+                    where,
                     f"the schema refers to itself, has more than {_MAX_SCHEMAS:,} schemas or more "
-                    f"than {_MAX_PATTERNS} patterns, references followed; simplify it."
+                    f"than {_MAX_PATTERNS} patterns, references followed; simplify it.",
                 )
         return num_schemas
 
@@ -110,14 +111,14 @@ class ValueCheck:
             offline=True,
         )
 
-    def _refusal(self, reason: str) -> RequestError:
+    def _refusal(self, where: str, reason: str) -> RequestError:
         return RequestError(
-            f"{self._where}: {self._keywords} cannot be held while a value is written, only "
+            f"{where}: {self._keywords} cannot be held while a value is written, only "
             f"checked afterwards, and {reason}"
         )
 
-    def _failure(self, what: str) -> ReplyError:
+    def _failure(self, where: str, what: str) -> ReplyError:
         return ReplyError(
-            f"{self._where}: what the model wrote {what}. {self._keywords} cannot be held while a "
+            f"{where}: what the model wrote {what}. {self._keywords} cannot be held while a "
             "value is written, only checked afterwards. Ask again, or do without."
         )
