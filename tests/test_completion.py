@@ -22,7 +22,7 @@ def obj(required: list[str] | None = None, **properties: Any) -> dict[str, Any]:
 
 def begun(schema: Any, text: str | bytes = b"") -> JsonValue:
     """A value of which these bytes are written, one at a time."""
-    value = COMPILER.compile(schema, "here").begin()
+    value = COMPILER.compile(schema, "here", strict=True).begin()
     for byte in text.encode() if isinstance(text, str) else text:
         value.accept(byte)
     return value

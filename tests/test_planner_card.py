@@ -56,13 +56,15 @@ def test_a_card_that_holds_exactly_what_is_needed_is_enough_and_one_byte_less_is
 
 
 @pytest.mark.parametrize("per_layer", [1, 7, 384])
-def test_without_a_placement_whole_layers_of_experts_fill_the_card(per_layer: int) -> None:
+def test_without_a_placement_as_many_experts_as_fit_fill_the_card(per_layer: int) -> None:
     row = 60 * K2.expert_bytes
     layout = laid_out(DENSE + LATENTS + RESERVE + per_layer * row)
     assert layout.resident.sum(axis=1).tolist() == [per_layer] * 60
     assert layout.plan.resident_experts_per_layer == per_layer
     one_less = laid_out(DENSE + LATENTS + RESERVE + per_layer * row - 1)
-    assert one_less.resident.sum() == (per_layer - 1) * 60
+    # What is left over goes to the first layers.
+    assert one_less.resident.sum() == per_layer * 60 - 1
+    assert one_less.resident.sum(axis=1).tolist() == [per_layer] * 59 + [per_layer - 1]
 
 
 def test_a_placement_is_taken_as_it_is_or_refused() -> None:

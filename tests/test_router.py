@@ -303,7 +303,7 @@ def test_the_events_tell_that_both_sides_worked_at_once(
             kept = []
             for submission in step:
                 pending = router.submit(*submission)
-                stream.work("shared expert", submission[0], 0.0)
+                stream.work("shared expert", submission[0], 5e-4)  # longer than an expert
                 kept.append((pending, router.collect(pending)))
             device.wait()
             router.end_step()

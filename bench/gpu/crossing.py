@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,8 @@ from hybridk2.experts.stream import ExpertStream
 HANDOFF_MICROSECONDS = 25.0
 # Tokens that keep two experts of any size busy for longer than the seconds of a router.
 _BUSY_TOKENS = 8192
-_NO_PATIENCE = 1e-4
+_NO_PATIENCE = 0.01  # seconds
+_BUSY_PATIENCES = 50  # for which the workers are busy, as far as they can tell
 
 OpenRouter = Callable[..., StreamRouter]
 
@@ -109,7 +111,11 @@ def check_lost_server(
     call = _one_call(router, device)
     picks = torch.arange(2, dtype=torch.int32).expand(_BUSY_TOKENS, -1).contiguous()
     x = torch.zeros(_BUSY_TOKENS, experts.hidden, dtype=torch.bfloat16)
-    something_else = experts.submit(0, x, picks, torch.zeros(picks.shape))
+    something_else = (0, x, picks, torch.zeros(picks.shape))
+    began = time.perf_counter()
+    experts.wait(experts.submit(*something_else))
+    times = math.ceil(_BUSY_PATIENCES * _NO_PATIENCE / (time.perf_counter() - began))
+    busy = [experts.submit(*something_else) for _ in range(times)]
     began = time.perf_counter()
     failed = False
     try:
@@ -117,7 +123,8 @@ def check_lost_server(
     except EngineError:
         failed = True
     seconds = time.perf_counter() - began
-    experts.wait(something_else)
+    for ticket in busy:
+        experts.wait(ticket)
     if failed:
         _reset(router)
     router.close()
