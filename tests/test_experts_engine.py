@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -379,14 +380,36 @@ def test_a_forked_child_is_refused_and_ends_and_the_parent_lives_on(layer: Rando
         layer.load_into(experts, slot=1)
 
 
-def test_an_idle_engine_uses_no_cpu(layer: RandomLayer) -> None:
+def threads_of_this_process() -> set[int]:
+    return {int(name) for name in os.listdir("/proc/self/task")}
+
+
+def sleeps_and_wakes(thread: int) -> tuple[bool, int]:
+    """Whether a thread of this process sleeps, and how often it has gone to sleep so far."""
+    lines = Path(f"/proc/self/task/{thread}/status").read_text().splitlines()
+    facts = dict(line.split(":", 1) for line in lines)
+    return facts["State"].split()[0] == "S", int(facts["voluntary_ctxt_switches"])
+
+
+def test_the_threads_of_an_idle_engine_sleep_and_do_not_wake(layer: RandomLayer) -> None:
+    x = random_activations(300, HIDDEN, torch.float32)
+    routing = random_routing(300, EXPERTS, TOP_K)
+    before = threads_of_this_process()
     with loaded(layer, threads=2) as experts:
-        x = random_activations(300, HIDDEN, torch.float32)
-        compute(experts, x, *random_routing(300, EXPERTS, TOP_K))
-        time.sleep(0.05)  # longer than anybody spins
-        before = time.process_time()
-        time.sleep(0.5)
-        assert time.process_time() - before < 0.005
+        threads = sorted(threads_of_this_process() - before)
+        assert len(threads) >= experts.threads
+        compute(experts, x, *routing)
+        # They spin for less than a millisecond, but a busy machine may not let them: so the end of
+        # this wait is for engines that never sleep through a fifth of a second.
+        deadline = time.monotonic() + 60
+        while True:
+            asleep = [sleeps_and_wakes(thread) for thread in threads]
+            time.sleep(0.2)
+            if all(sleeps for sleeps, _ in asleep) and asleep == [
+                sleeps_and_wakes(thread) for thread in threads
+            ]:
+                break
+            assert time.monotonic() < deadline, f"threads {threads} slept and woke: {asleep}"
 
 
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16"])
