@@ -303,7 +303,9 @@ def test_the_events_tell_that_both_sides_worked_at_once(
             kept = []
             for submission in step:
                 pending = router.submit(*submission)
-                stream.work("shared expert", submission[0], 5e-4)  # longer than an expert
+                # In one layer so long that workers begin meanwhile even where they wait for a core.
+                seconds = 0.02 if submission is step[0] else 5e-4
+                stream.work("shared expert", submission[0], seconds)
                 kept.append((pending, router.collect(pending)))
             device.wait()
             router.end_step()
