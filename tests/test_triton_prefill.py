@@ -11,7 +11,7 @@ from hybridk2.experts.prefill import ExpertProducts
 
 from .expert_panels import pack_expert
 from .expert_weights import HIDDEN, INTERMEDIATE, RandomLayer, assert_within, random_activations
-from .triton_offline import MOST_SHARED_BYTES, compiled
+from .triton_offline import MOST_SHARED_BYTES, MOST_STACK_BYTES, compiled
 
 int4 = pytest.importorskip("hybridk2.model.triton.int4", reason="Triton is not installed")
 
@@ -60,4 +60,4 @@ def test_it_compiles_for_every_card_without_spills() -> None:
     assert {kernel.kernel for kernel in kernels} == {"_widen"}
     for kernel in kernels:
         assert kernel.shared_bytes <= MOST_SHARED_BYTES, kernel
-        assert kernel.spilled_bytes == 0, kernel
+        assert kernel.stack_bytes <= MOST_STACK_BYTES, kernel
