@@ -82,6 +82,10 @@ class DecodeSteps:
         step.batch.fill(embedded, sequences)
         if timeline is not None:
             timeline.mark("embedding")
+        # The first step of its rows runs as it is, which compiles what it needs; the second is
+        # recorded, before the host's workers look for it, and it and all later ones are replayed.
+        if step.replay is None and self._records and step.logits is not None:
+            self._record(step)
         try:
             self._router.begin_step()
             self._advance(step, timeline)
@@ -103,10 +107,6 @@ class DecodeSteps:
         self._failed = False
 
     def _advance(self, step: _Step, timeline: Timeline | None) -> None:
-        """Enqueue the step. The first of its rows runs as it is, which compiles what it needs; the
-        second is recorded, and it and all later ones are replayed."""
-        if step.replay is None and self._records and step.logits is not None:
-            self._record(step)
         if step.replay is None:
             step.logits = self._compute(step.batch, timeline)
             return
@@ -122,8 +122,6 @@ class DecodeSteps:
             step.replay = self._device.record(compute)
         except RuntimeError as error:
             self._records = False
-            self._router.reset()
-            self._router.begin_step()
             logger.warning(
                 "steps of decoding are not recorded but enqueued one operation at a time, which is "
                 "slower: recording %d rows failed: %s",
