@@ -24,12 +24,12 @@ class EventLog {
 
   void add(const char* name, int32_t layer) {
     if (!on_.load(std::memory_order_relaxed)) return;
-    const std::chrono::duration<double> now = std::chrono::steady_clock::now().time_since_epoch();
     const std::lock_guard<std::mutex> lock(mutex_);
+    const std::chrono::duration<double> now = std::chrono::steady_clock::now().time_since_epoch();
     events_.push_back({name, layer, now.count()});
   }
 
-  // All so far, in the order in which they were added; the log is empty then.
+  // All so far, in the order of their times; the log is empty then.
   std::vector<Event> take() {
     const std::lock_guard<std::mutex> lock(mutex_);
     return std::exchange(events_, {});
