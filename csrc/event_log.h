@@ -24,12 +24,13 @@ class EventLog {
 
   void add(const char* name, int32_t layer) {
     if (!on_.load(std::memory_order_relaxed)) return;
+    // The time is taken within the lock, so that the order of the log is that of its times.
     const std::lock_guard<std::mutex> lock(mutex_);
     const std::chrono::duration<double> now = std::chrono::steady_clock::now().time_since_epoch();
     events_.push_back({name, layer, now.count()});
   }
 
-  // All so far, in the order of their times; the log is empty then.
+  // All so far, in the order in which they were added; the log is empty then.
   std::vector<Event> take() {
     const std::lock_guard<std::mutex> lock(mutex_);
     return std::exchange(events_, {});

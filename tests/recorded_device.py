@@ -86,6 +86,10 @@ class RecordedDevice(CpuDevice):
         self.refuse: Exception | None = None
         self._recording: _Recording | None = None
 
+    @property
+    def is_recording(self) -> bool:
+        return self._recording is not None
+
     def place(self, tensor: Tensor) -> Tensor:
         return tensor.clone()
 
@@ -141,7 +145,8 @@ class EnqueuedRouter(ThreadRouter):
         self._open = False
 
     def submit(self, slot: int, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Any:
-        assert self._open, "begin_step comes first"
+        recording = self._recorded_device.is_recording
+        assert self._open != recording, "in a step, or recorded before one"
         out = torch.zeros(x.shape, dtype=torch.float32)
 
         def work() -> None:

@@ -19,6 +19,7 @@ from hybridk2.benchmark.figures import (
 from hybridk2.benchmark.measuring import Progress, Subject, Workload, measure, sizes_of
 from hybridk2.config import KIMI_K2_THINKING, EngineConfig
 from hybridk2.engine import Engine
+from hybridk2.timeline import Span, Step
 from tests.measured_steps import (
     DENSE_MS,
     HIDDEN_SHARE,
@@ -199,3 +200,13 @@ def test_a_measuring_that_is_closed_leaves_an_engine_that_nobody_times(engine: E
     measuring.close()
     assert engine._model.timeline is None
     assert engine.stats().running == 0
+
+
+def test_steps_that_a_device_replays_have_a_speed_and_no_phases() -> None:
+    step = Step("decode", 1, 99, 0.0, [Span("embedding", None, 0.0, 0.001)])
+    step.spans.append(Span("recorded step", None, 0.001, 0.02))
+    figures = PassFigures.of([[step]], Spread.of([50.0]), SIZES)
+    assert figures.dense_bytes_per_second is None
+    assert figures.expert_bytes_per_second is None
+    assert figures.phase_ms["recorded step"].median == pytest.approx(19.0)
+    json.dumps(figures.as_dict())

@@ -45,11 +45,12 @@ def values(weight: int8.Int8Linear) -> Tensor:
 def test_a_weight_is_off_by_half_its_scale_at_most(shape: tuple[int, int]) -> None:
     weight = (random(*shape) * 3).bfloat16()
     weight[1] = 0
-    weight[2, 0] = 1e-39  # below what scales can say: rounded to nothing
+    weight[2] = 1e-39  # below what a scale can say: nothing is left of it
     kept = int8.quantise(weight)
     half_scales = kept.scales.double().repeat_interleave(int8.GROUP, dim=1)[:, : shape[1]] / 2
     assert ((values(kept) - weight.double()).abs() <= half_scales.clamp(min=1e-38)).all()
     assert kept.codes.abs().max() == 127
+    assert kept.codes[1:3].count_nonzero() == 0
     assert kept.codes[:, shape[1] :].count_nonzero() == 0
 
 

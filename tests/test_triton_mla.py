@@ -137,6 +137,7 @@ def test_a_rows_bits_do_not_depend_on_its_neighbours() -> None:
         assert torch.equal(together[here], alone.decode())
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_one_rows_nan_stays_its_own() -> None:
     given = problem([65, 65, 65])
     given.cache[given.table[1, 1], 0, 5] = torch.nan

@@ -5,9 +5,9 @@ tests/test_triton_*.py` runs the same tests on it. conftest.py sets the variable
 imports Triton: what it compiles and what it interprets is decided then, once for a process.
 
 The interpreter keeps bf16 numbers as uint16 and does not support arithmetic on them: it multiplies
-their bits in tl.dot, takes integers for bits, and cuts fp32 off instead of rounding it.
-`mend_interpreter` puts that right;
-test_triton_interpreter.py holds it to that.
+their bits in tl.dot, takes integers for bits, and cuts fp32 off instead of rounding it. In Triton
+3.6 and older it also converts scalars in a way that NumPy 2.4 refuses. `mend_interpreter` puts this
+right, test_triton_interpreter.py holds it to that; 3.4, 3.6, 3.7 and 3.9 pass.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 
 
 def mend_interpreter() -> None:
-    """Make the interpreter's conversions between fp32 and bf16 and its products of bf16 right."""
+    """Make the interpreter's conversions to and from bf16, its products of bf16 and its scalars
+    right."""
     from triton.language import bfloat16, float32
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     if getattr(InterpreterBuilder, "bf16_is_mended", False):
@@ -37,6 +39,7 @@ def mend_interpreter() -> None:
         InterpreterBuilder.create_dot,
         InterpreterBuilder.create_fp_to_fp,
     )
+    patch_tensor = interpreter._patch_lang_tensor
 
     def widened(bits: np.ndarray) -> np.ndarray:
         return (bits.astype(np.uint32) << 16).view(np.float32)
@@ -70,6 +73,11 @@ def mend_interpreter() -> None:
         sides = (old if new is None else new for old, new in zip((a, b), wide, strict=True))
         return dot(self, *sides, *rest)
 
+    def mended_patch(tensor: Any, *rest: Any) -> None:
+        patch_tensor(tensor, *rest)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = mended_patch
     InterpreterBuilder.cast_impl = mended_cast
     InterpreterBuilder.create_fp_to_fp = mended_convert
     InterpreterBuilder.create_dot = mended_dot

@@ -89,7 +89,7 @@ class PassFigures:
     hidden_share: float | None
     expert_bytes_per_second: Spread | None
     expert_flop_per_second: Spread | None
-    dense_bytes_per_second: Spread
+    dense_bytes_per_second: Spread | None
     typical: Step
 
     @classmethod
@@ -99,6 +99,8 @@ class PassFigures:
         by_length = sorted(steps, key=lambda step: step.seconds)
         with_experts = [step for step in steps if step.host_calls]
         hosts = [_host_seconds(step) for step in with_experts]
+        # A recorded step is one phase.
+        with_phases = [step for step in steps if _phase_seconds(step, DENSE_PHASES) > 0]
         return cls(
             past_tokens=min(step.past_tokens for step in steps),
             tokens=sum(step.tokens for step in steps),
@@ -123,10 +125,12 @@ class PassFigures:
                 ],
                 hosts,
             ),
-            dense_bytes_per_second=Spread.of(
-                (sizes.dense_bytes + sizes.latent_bytes * (step.past_tokens + step.tokens))
-                / _phase_seconds(step, DENSE_PHASES)
-                for step in steps
+            dense_bytes_per_second=_rates(
+                [
+                    sizes.dense_bytes + sizes.latent_bytes * (step.past_tokens + step.tokens)
+                    for step in with_phases
+                ],
+                [_phase_seconds(step, DENSE_PHASES) for step in with_phases],
             ),
             typical=by_length[len(by_length) // 2],
         )

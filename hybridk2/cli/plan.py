@@ -60,14 +60,14 @@ _DEFAULT_CONTEXT_TOKENS = 32_768  # as the engine's
     type=click.Choice(["bf16", "fp8"]),
     default="bf16",
     show_default=True,
-    help="Of the cache on the card; fp8 is planned only.",
+    help="Of the cache on the card; fp8 is approximate.",
 )
 @click.option(
     "--dense",
     type=click.Choice(["bf16", "int8"]),
     default="bf16",
     show_default=True,
-    help="Of the weights on the card; int8 is planned only.",
+    help="Of the weights on the card; int8 is approximate.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 @config_home_option
@@ -90,8 +90,8 @@ def plan(
 
     MODEL is a checkpoint folder, whose shards need not be there yet, a cached Hugging Face id,
     nano, or kimi-k2-thinking, which needs no file. Without --cpu-gbps the speeds are those that
-    `hybridk2 doctor` measured on this machine. Plans with a GPU are plans: this version computes on
-    the CPU only.
+    `hybridk2 doctor` measured on this machine. What a GPU would do rests on its data sheet:
+    none has been measured yet.
     """
     if cpu_tflops is not None and cpu_gbps is None:
         raise click.UsageError("--cpu-tflops describes another machine: it needs --cpu-gbps.")
@@ -245,8 +245,7 @@ def _print_remarks(output: Console, made: Plan) -> None:
     if gpu is not None:
         figures = "measured figures" if gpu.measured else "its data sheet and assumptions"
         output.print(
-            "This version computes on the CPU only: what the card would do is planned from "
-            f"{figures}.",
+            f"No card has been measured yet: what this one would do is planned from {figures}.",
             style="dim",
         )
         if (made.choices.kv_dtype, made.choices.dense) != ("bf16", "bf16"):

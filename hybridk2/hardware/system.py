@@ -198,7 +198,7 @@ def _graphics(facts: SystemFacts) -> Finding:
     return Finding(
         "GPU",
         "note",
-        f"{facts.nvidia_gpus} found; this version computes on the CPU only and measures none",
+        f"{facts.nvidia_gpus} found; this command measures none of it yet",
     )
 
 

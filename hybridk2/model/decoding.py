@@ -57,6 +57,7 @@ class DecodeSteps:
         self._device = device
         self._dtype = dtype
         self._steps: dict[int, _Step] = {}
+        self._failed = False  # the last step; its router has not been reset yet
         self._records = device.replays_steps and router.records
 
     def run(
@@ -72,6 +73,8 @@ class DecodeSteps:
         layers, tokens, top_k) int32. Raises what went wrong; the next step may be run then.
         """
         tokens = len(sequences)
+        if self._failed:
+            self._reset()
         if rows not in self._steps:
             batch = DecodeBatch(self._config, rows, self.cache, self._device, self._dtype)
             self._steps[rows] = _Step(batch)
@@ -79,26 +82,31 @@ class DecodeSteps:
         step.batch.fill(embedded, sequences)
         if timeline is not None:
             timeline.mark("embedding")
+        # The first step of its rows runs as it is, which compiles what it needs; the second is
+        # recorded, before the host's workers look for it, and it and all later ones are replayed.
+        if step.replay is None and self._records and step.logits is not None:
+            self._record(step)
         try:
             self._router.begin_step()
             self._advance(step, timeline)
             assert step.logits is not None
             logits = self._device.to_host(step.logits[:tokens])
             picks = self._device.to_host(step.batch.picks[:, :tokens])
+            self._device.wait()
             self._router.end_step()
         except BaseException:
-            try:
-                self._device.wait()
-            finally:
-                self._router.reset()
+            self._failed = True
             raise
         return logits, picks
 
+    def _reset(self) -> None:
+        """Get over a step that failed. Raises EngineError while the host's workers are still in it;
+        the next step tries again."""
+        self._device.wait()
+        self._router.reset()
+        self._failed = False
+
     def _advance(self, step: _Step, timeline: Timeline | None) -> None:
-        """Enqueue the step. The first of its rows runs as it is, which compiles what it needs; the
-        second is recorded, and it and all later ones are replayed."""
-        if step.replay is None and self._records and step.logits is not None:
-            self._record(step)
         if step.replay is None:
             step.logits = self._compute(step.batch, timeline)
             return
@@ -114,8 +122,6 @@ class DecodeSteps:
             step.replay = self._device.record(compute)
         except RuntimeError as error:
             self._records = False
-            self._router.reset()
-            self._router.begin_step()
             logger.warning(
                 "steps of decoding are not recorded but enqueued one operation at a time, which is "
                 "slower: recording %d rows failed: %s",

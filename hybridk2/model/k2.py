@@ -159,6 +159,7 @@ class K2Model:
         self._dtype = dtype
         self._experts = experts
         self._decode_steps: DecodeSteps | None = None
+        self._prompt_failed = False  # the last chunk; its router has not been reset yet
         self._embedding = embedding
         self._final_norm = device.place(final_norm.to(dtype))
         self._lm_head = place_matrix(lm_head, device, lm_head.dtype, int8)
@@ -184,15 +185,15 @@ class K2Model:
         if timeline is not None:
             timeline.mark("embedding")
         router = self._experts.of_prompts
-        try:
-            router.begin_step()
-            for layer in self.layers:
-                hidden = layer.forward(hidden, cos, sin, sequence, absorbed, timeline)
-            self._device.wait()
-            router.end_step()
-        except BaseException:
+        if self._prompt_failed:
             router.reset()
-            raise
+        self._prompt_failed = True
+        router.begin_step()
+        for layer in self.layers:
+            hidden = layer.forward(hidden, cos, sin, sequence, absorbed, timeline)
+        self._device.wait()
+        router.end_step()
+        self._prompt_failed = False
         sequence.advance(token_ids.tolist())
         return hidden
 

@@ -1,7 +1,7 @@
 """Bytes and time of a model on a machine, before anything is loaded.
 
-Without a graphics card the plan is that of today's engine; with one it is that of an engine that
-does not exist yet, from data sheets and stated assumptions.
+Places and bytes are those that the engine takes. Times without a graphics card rest on what was
+measured; with one on data sheets and stated assumptions.
 """
 
 from hybridk2.planner.card import CardLayout, lay_out_card

@@ -28,6 +28,7 @@ COLOURS: Mapping[str, tuple[str, str]] = {
     "waiting": ("#d2504a", "#f07c74"),
     "adding": ("#b3b8c4", "#626876"),
     "head": ("#8457c9", "#b08cf0"),
+    "recorded step": ("#4a6a8c", "#86a8cc"),
     "sampling": ("#6b4f3a", "#b08d74"),
     HOST: ("#e07b28", "#f5a055"),
 }

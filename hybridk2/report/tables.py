@@ -28,6 +28,7 @@ MEANINGS: Mapping[str, str] = {
     "waiting": "for the workers, once the shared expert is done",
     "adding": "the workers' share to the shared expert's, and both to the hidden state",
     "head": "the last norm and the logits: reads lm_head, one row for each id of the vocabulary",
+    "recorded step": "embedding to logits as one, where a device replays it without being told",
     "sampling": "from logits to a token",
     "host experts": "the workers' own time for the routed experts, beside all other phases",
 }

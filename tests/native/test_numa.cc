@@ -179,6 +179,42 @@ void test_slices_cover_every_strip_once_and_waste_nothing() {
   }
 }
 
+void test_regions_are_the_expert_of_one_node_and_those_elsewhere_take_nothing() {
+  const ExpertsShape shape{2, 3, 96, 160};
+  const Expert made(shape);
+  std::vector<uint8_t> whole(expert_bytes(shape));
+  pack_expert(shape, made.matrices(), whole.data());
+  const std::vector<bool> elsewhere = {true, false, false, false, true, false};
+  for (const std::vector<int>& cores : {std::vector{1}, {1, 1}, {2, 1, 3}, {1, 1, 1, 1, 1, 1}}) {
+    int threads = 0;
+    for (const int count : cores) threads += count;
+    std::vector<Node> nodes = nodes_of(cores);
+    for (Node& node : nodes) node.number = kAnyNode;
+    const Weights weights(shape, plan_threads(nodes, threads), false, elsewhere);
+    CHECK(weights.bytes() == 4 * expert_bytes(shape));
+    for (int i = 0; i < 6; ++i) {
+      const int64_t layer = i / 3, expert = i % 3;
+      CHECK(weights.is_elsewhere(layer, expert) == elsewhere[i]);
+      if (elsewhere[i]) continue;
+      for (int node = 0; node < weights.nodes(); ++node) {
+        weights.pack(node, layer, expert, made.matrices(), 0, weights.slice(node).strips());
+      }
+    }
+    // All are packed by now: none has overwritten another.
+    for (int i = 0; i < 6; ++i) {
+      if (elsewhere[i]) continue;
+      std::vector<uint8_t> found;
+      for (const ExpertRegion& region : weights.regions(i / 3, i % 3)) {
+        CHECK(region.offset == static_cast<int64_t>(found.size()));
+        found.insert(found.end(), region.begin, region.begin + region.bytes);
+      }
+      CHECK(found == whole);
+    }
+  }
+  const ThreadPlan plan = plan_threads(simulated_nodes(1), 1);
+  CHECK_THROWS(std::invalid_argument, Weights(shape, plan, false, {true, false}));
+}
+
 // Kernels that note each read of weights before they do what the portable ones do.
 struct Read {
   pthread_t thread;
@@ -305,6 +341,7 @@ int main() {
   test_workers_run_on_their_node_alone_if_there_are_cpus_enough();
   test_nodes_are_those_whose_cpus_we_may_use();
   test_slices_cover_every_strip_once_and_waste_nothing();
+  test_regions_are_the_expert_of_one_node_and_those_elsewhere_take_nothing();
   const ExpertsShape padded{1, 4, 96, 160}, narrow{1, 4, 32, 32}, wide{1, 4, 512, 256};
   for (const auto& [nodes, threads] : {std::pair{1, 2}, {2, 2}, {2, 5}, {3, 3}, {3, 7}, {6, 6}}) {
     for (const ExpertsShape& shape : {padded, narrow, wide}) {

@@ -58,8 +58,8 @@ _JOINED_COLUMNS = 128
 
 @dataclass(frozen=True)
 class Tiling:
-    """heads of one program, keys of one tile (a page at most), warps, and Triton's num_stages: with
-    2 the next tile is on its way into shared memory while one is computed with."""
+    """heads of one program, keys of one tile (a page at most), warps, and Triton's num_stages. With
+    2 tiles come into shared memory by asynchronous copies, without passing through registers."""
 
     heads: int
     keys: int
@@ -69,7 +69,10 @@ class Tiling:
 
 # All fit the 99 KB of sm_89 and sm_120 with bf16 queries, the first also with fp32 ones; none
 # spills registers. decode() takes the first until a card has shown another to be faster: 56 KB of
-# shared memory (bf16 latents), 40 (FP8), 93 (fp32 queries), 100 to 164 registers of a thread.
+# shared memory (bf16 latents), 40 (FP8), 93 (fp32 queries), 100 to 164 registers of a thread. There
+# is room for one tile of a program whatever num_stages (3 and 4 were compiled), so what computes
+# while it waits are other programs: a second one on an H100's multiprocessor, those of other
+# multiprocessors where shared memory holds one.
 TILINGS = (
     Tiling(heads=16, keys=32, warps=8, stages=2),
     Tiling(heads=16, keys=32, warps=4, stages=2),

@@ -1,0 +1,134 @@
+"""The card's kernels: are they right, and how much of the card's own copy speed do they reach?
+
+Right: against the same arithmetic in torch, in fp32 or fp64, on the card itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpu.table import Table, seconds_in_a_row
+from hybridk2.config import K2Config
+from hybridk2.device import Device
+from hybridk2.experts import panels
+from hybridk2.kv_cache import PAGE_TOKENS, LatentFormat
+from hybridk2.model.attention import PagedMix
+from hybridk2.model.loading import fp8_latents
+
+ATTENTION_SHARE = 0.7  # of the measured copy, at 32K
+CHECKED_CONTEXT = 32_768
+# bf16 rounds the softmax's weights and the result: 2^-8 of sums of |values|, here of order 1.
+ATTENTION_ERROR = 2**-7
+EXPERT_ERROR = 2**-7  # relative: the product before down is rounded to bf16 on both sides
+
+
+def copy_bytes_per_second(device: Device, num_bytes: int = 1 << 30) -> float:
+    """Bytes read and written by a copy within the card."""
+    source = torch.empty(num_bytes, dtype=torch.uint8, device=device.torch_device)
+    target = torch.empty_like(source)
+    return 2 * num_bytes / seconds_in_a_row(device, lambda: target.copy_(source))
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What the kernel is called with."""
+
+    q: Tensor
+    pages: Tensor
+    table: Tensor
+    lengths: Tensor
+
+
+def attention_inputs(
+    config: K2Config, device: Device, context: int, latent_format: LatentFormat | None
+) -> AttentionInputs:
+    """One row after so many tokens, its pages in random order."""
+    at = device.torch_device
+    torch.manual_seed(context)
+    num_pages = context // PAGE_TOKENS
+    latents = torch.randn(num_pages, PAGE_TOKENS, config.latent_dim, device=at).bfloat16()
+    q = torch.randn(1, config.num_attention_heads, config.latent_dim, device=at) / 8
+    return AttentionInputs(
+        q.bfloat16(),
+        latents if latent_format is None else latent_format.encode(latents),
+        torch.randperm(num_pages, device=at).int()[None],
+        torch.full((1,), context, dtype=torch.int32, device=at),
+    )
+
+
+def exact_attention(config: K2Config, inputs: AttentionInputs, latents: Tensor) -> Tensor:
+    """(1, heads, rank) in fp32 matrices: softmax over all keys at once."""
+    keys = latents[inputs.table[0].long()].flatten(0, 1).float()
+    weights = (inputs.q[0].float() @ keys.T * config.softmax_scale).softmax(-1)
+    return (weights @ keys[:, : config.kv_lora_rank])[None]
+
+
+def measure_attention(
+    table: Table,
+    device: Device,
+    config: K2Config,
+    mix: PagedMix,
+    copy_speed: float,
+    contexts: tuple[int, ...],
+) -> None:
+    for name, latent_format in (("bf16", None), ("fp8", fp8_latents(config))):
+        for context in contexts:
+            inputs = attention_inputs(config, device, context, latent_format)
+            call = (inputs.q, inputs.pages, inputs.table, inputs.lengths)
+            plain = inputs.pages if latent_format is None else latent_format.decode(inputs.pages)
+            error = float((mix(*call) - exact_attention(config, inputs, plain)).abs().max())
+            where = f"attention, {name} latents, {context:,} tokens"
+            table.at_most(f"{where}: error", error, "", ATTENTION_ERROR)
+            speed = inputs.pages.nbytes / seconds_in_a_row(device, lambda call=call: mix(*call))
+            share = speed / copy_speed
+            if name == "bf16" and context == CHECKED_CONTEXT:
+                table.at_least(f"{where}: share of a copy's speed", share, "", ATTENTION_SHARE)
+            else:
+                table.figure(f"{where}: share of a copy's speed", share, "")
+
+
+def measure_resident_experts(
+    table: Table, device: Device, config: K2Config, packed: Tensor, copy_speed: float
+) -> None:
+    """packed: (experts, expert_bytes) uint8 on the device."""
+    from hybridk2.model.triton import int4
+
+    at, top_k = device.torch_device, config.num_experts_per_tok
+    width = config.moe_intermediate_size
+    for tokens in (1, 8):
+        torch.manual_seed(tokens)
+        x = torch.randn(tokens, config.hidden_size, device=at).bfloat16()
+        scores = torch.rand(tokens, len(packed), device=at)
+        places = scores.topk(top_k, dim=-1).indices.int()
+        weights = torch.rand(tokens, top_k, device=at)
+        call = (x, places, weights, packed)
+        found = int4.resident_experts(*call, intermediate=width)
+        wanted = panels.resident_experts(*call, intermediate=width)
+        error = float((found - wanted).norm() / wanted.norm())
+        where = f"resident experts, {tokens} tokens"
+        table.at_most(f"{where}: relative error", error, "", EXPERT_ERROR)
+
+        def run(call: tuple[Tensor, ...] = call) -> Tensor:
+            return int4.resident_experts(*call, intermediate=width)
+
+        read_bytes = len(places.unique()) * packed.shape[1]
+        speed = read_bytes / seconds_in_a_row(device, run)
+        table.figure(f"{where}: share of a copy's speed", speed / copy_speed, "")
+
+
+def measure_int8(table: Table, device: Device, config: K2Config, copy_speed: float) -> None:
+    from hybridk2.model.triton import int8
+
+    at = device.torch_device
+    weight = torch.randn(config.intermediate_size, config.hidden_size, device=at).bfloat16()
+    quantised = int8.quantise(weight)
+    x = torch.randn(1, config.hidden_size, device=at).bfloat16()
+    wanted = x.float() @ int8.dequantise(quantised).float().T
+    error = float((int8.linear(x, quantised).float() - wanted).norm() / wanted.norm())
+    table.at_most("int8 product, 1 row: relative error", error, "", 2**-7)
+    read_bytes = quantised.codes.nbytes + quantised.scales.nbytes
+    speed = read_bytes / seconds_in_a_row(device, lambda: int8.linear(x, quantised))
+    table.figure("int8 product, 1 row: share of a copy's speed", speed / copy_speed, "")
