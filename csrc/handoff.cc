@@ -159,10 +159,8 @@ std::string Handoff::describe(const Failure& failure) const {
       return where + "the answer of the host's experts was overwritten before it was read";
     case kNotPublished:
       return where + "collected, but not submitted";
-    case kRingFull:
+    default:  // kRingFull
       return where + "submitted while " + std::to_string(kHandoffSlots) + " wait to be collected";
-    default:
-      return where + "the host gave the step up";
   }
 }
 

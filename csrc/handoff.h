@@ -38,6 +38,9 @@ struct HandoffShape {
   int64_t top_k;
   Precision precision;
   std::chrono::nanoseconds timeout;  // of one answer
+  // A step that submits nothing for so long is forgotten, and its thread given back. Long enough
+  // for kernels that are compiled within a first step.
+  std::chrono::nanoseconds patience = std::chrono::seconds(120);
 };
 
 // The slots, in memory that both sides reach.

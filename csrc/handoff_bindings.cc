@@ -45,9 +45,12 @@ template <typename Mechanism>
 Held<Handoff> open_handoff(Experts& experts, DeviceStream& stream, int64_t top_k, bool bf16,
                            double timeout_seconds) {
   const ExpertsShape& experts_shape = experts.shape();
-  const HandoffShape shape{experts_shape.num_layers, experts_shape.hidden, top_k,
-                           bf16 ? Precision::kBf16 : Precision::kFp32,
-                           std::chrono::nanoseconds(static_cast<int64_t>(timeout_seconds * 1e9))};
+  HandoffShape shape{};
+  shape.num_layers = experts_shape.num_layers;
+  shape.hidden = experts_shape.hidden;
+  shape.top_k = top_k;
+  shape.precision = bf16 ? Precision::kBf16 : Precision::kFp32;
+  shape.timeout = std::chrono::nanoseconds(static_cast<int64_t>(timeout_seconds * 1e9));
   HostWorkers workers{
       [&experts](std::function<void()> job) { return experts.enqueue(std::move(job)); },
       [&experts](const LayerCall& call) { experts.compute(call); }};

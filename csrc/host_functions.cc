@@ -49,22 +49,19 @@ void HostFunctions::enqueue_collect(StreamHandle stream, int64_t layer, int64_t 
   stream_.copy(stream, out, ring_.call(slot, layer, tokens).out, ring_.result_bytes(tokens));
 }
 
-// The driver's threads call these two: an exception that left them would end the process.
-void HostFunctions::on_submit(void* data) {
-  const Crossing& crossing = *static_cast<Crossing*>(data);
-  HostFunctions& owner = *crossing.owner;
-  try {
-    owner.start(crossing);
-  } catch (const std::exception& error) {
-    owner.fail(kExpertsFailed, crossing.layer, error.what());
-  }
+void HostFunctions::on_submit(void* crossing) {
+  guard(*static_cast<Crossing*>(crossing), &HostFunctions::start);
 }
 
-void HostFunctions::on_collect(void* data) {
-  const Crossing& crossing = *static_cast<Crossing*>(data);
+void HostFunctions::on_collect(void* crossing) {
+  guard(*static_cast<Crossing*>(crossing), &HostFunctions::wait);
+}
+
+// Threads of the driver come here: an exception that left would end the process.
+void HostFunctions::guard(const Crossing& crossing, void (HostFunctions::*step)(const Crossing&)) {
   HostFunctions& owner = *crossing.owner;
   try {
-    owner.wait(crossing);
+    (owner.*step)(crossing);
   } catch (const std::exception& error) {
     owner.fail(kExpertsFailed, crossing.layer, error.what());
   } catch (...) {

@@ -38,6 +38,7 @@ class HostFunctions : public Handoff {
 
   static void on_submit(void* crossing);
   static void on_collect(void* crossing);
+  static void guard(const Crossing& crossing, void (HostFunctions::*step)(const Crossing&));
   void start(const Crossing& crossing);
   void wait(const Crossing& crossing);
   void fail(int32_t code, int64_t layer, std::string message);

@@ -15,10 +15,6 @@
 namespace hybridk2 {
 namespace {
 
-// A step that publishes nothing for so long has been forgotten: its thread is given back. Long
-// enough for kernels that are compiled within a first step.
-constexpr std::chrono::seconds kForgotten{120};
-
 constexpr int kPollsPerClockRead = 64;
 
 }  // namespace
@@ -35,12 +31,12 @@ Mailbox::Mailbox(const HandoffShape& shape, HostWorkers workers, DeviceStream& s
 }
 
 Mailbox::~Mailbox() {
-  stop_.store(true);
   try {
     stream_.synchronize();
   } catch (const std::exception&) {
     // What the device failed with was thrown where it was used; here its memory is only given back.
   }
+  stop_.store(true);
   if (server_ != nullptr) server_->finish();
   stream_.free_device(state_);
   stream_.free_host(report_);
@@ -105,19 +101,28 @@ int64_t Mailbox::finish_step() {
   return served_.load();
 }
 
+// The device first: what it still publishes is answered, so that it waits for nothing that was
+// given up.
 bool Mailbox::give_up() {
+  try {
+    stream_.synchronize();
+  } catch (...) {
+    stop_.store(true);
+    throw;
+  }
   stop_.store(true);
-  stream_.synchronize();
   if (server_ != nullptr && !server_->wait_for(shape_.timeout)) return false;
   server_ = nullptr;
   return true;
 }
 
 // Answers every submission, failures too, up to the first that fails: the device awaits nothing
-// behind it. Runs as a job, hence where experts may be computed, and throws nothing.
+// behind it. Ends earlier when nothing more will be published. Runs as a job, hence where experts
+// may be computed, and throws nothing.
 void Mailbox::serve(uint64_t first, int64_t submissions) {
   for (uint64_t number = first; number < first + submissions; ++number) {
     MailboxSlot& slot = ring_.slot(number);
+    if (!wait_for(slot, number)) return;
     const int32_t code = serve_one(slot, number);
     slot.code = code;
     if (code == kNoFailure) served_.fetch_add(1);
@@ -127,7 +132,6 @@ void Mailbox::serve(uint64_t first, int64_t submissions) {
 }
 
 int32_t Mailbox::serve_one(MailboxSlot& slot, uint64_t number) {
-  if (!wait_for(slot, number)) return kStopped;
   try {
     slot.answered_layer = slot.layer;
     compute(ring_.call(number, slot.layer, slot.tokens));
@@ -143,7 +147,7 @@ int32_t Mailbox::serve_one(MailboxSlot& slot, uint64_t number) {
 // Spins: to sleep would cost more than the handoff. It yields now and then, for machines that have
 // no core to spare for this thread.
 bool Mailbox::wait_for(const MailboxSlot& slot, uint64_t number) const {
-  const auto forgotten = std::chrono::steady_clock::now() + kForgotten;
+  const auto forgotten = std::chrono::steady_clock::now() + shape_.patience;
   do {
     for (int poll = 0; poll < kPollsPerClockRead; ++poll) {
       if (slot.published.load(std::memory_order_acquire) >= number) return true;

@@ -216,7 +216,7 @@ spin:
   nanosleep.u32 32;
   mov.u64 now, %globaltimer;
   sub.u64 now, now, began;
-  setp.lt.u64 stop, now, timeout;
+  setp.lt.s64 stop, now, timeout;
   @stop bra spin;
   mov.u32 code, 2;
   bra fail;

@@ -33,7 +33,6 @@ enum MailboxCode : int32_t {
   kOverwritten = 4,    // the answer is a later submission's
   kNotPublished = 5,   // awaited, but not submitted
   kRingFull = 6,       // submitted more than there are slots without collecting
-  kStopped = 7,        // the host gave the step up
 };
 
 struct alignas(kMailboxLineBytes) MailboxSlot {

@@ -161,7 +161,10 @@ class Block:
             elif name == "bar":
                 yield "barrier"
             elif name == "setp":
-                holds = _COMPARISONS[parts[0]](value(operands[1]), value(operands[2]))
+                numbers = [value(operand) for operand in operands[1:3]]
+                if kind == "s64":
+                    numbers = [number - (number >> 63 << 64) for number in numbers]
+                holds = _COMPARISONS[parts[0]](*numbers)
                 if parts[1] == "and":
                     holds = holds and bool(registers[operands[3]])
                 put(operands[0], holds)

@@ -23,7 +23,7 @@ SLOTS, STATE, REPORT, X, IDS, WEIGHTS, OUT = (0x1000_0000 * n for n in range(1, 
 RING, SLOT_BYTES = 4, 4096
 WHOLE = 2048  # of a result: four reads for each of 32 threads
 IDS_AT, WEIGHTS_AT, X_AT, RESULT_AT = 256, 384, 512, 2048
-TIMED_OUT, WRONG_LAYER, OVERWRITTEN, NOT_PUBLISHED, RING_FULL = 2, 3, 4, 5, 6
+FAILED, TIMED_OUT, WRONG_LAYER, OVERWRITTEN, NOT_PUBLISHED, RING_FULL = range(1, 7)
 
 
 @dataclass
@@ -174,7 +174,7 @@ def test_no_answer_in_time_is_reported_and_the_next_await_does_not_wait() -> Non
 
 @pytest.mark.parametrize(
     ("answered", "layer", "code", "reported"),
-    [(1, 1, 7, 7), (1, 4, 0, WRONG_LAYER), (5, 1, 0, OVERWRITTEN)],
+    [(1, 1, FAILED, FAILED), (1, 4, 0, WRONG_LAYER), (5, 1, 0, OVERWRITTEN)],
 )
 def test_an_answer_that_is_none_is_reported(
     answered: int, layer: int, code: int, reported: int

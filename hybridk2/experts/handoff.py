@@ -169,12 +169,20 @@ def measure_handoff(
             router.end_step()
             return time.perf_counter() - started
         except BaseException:
-            device.wait()
-            router.reset()
+            try:
+                device.wait()
+            finally:
+                router.reset()
             raise
 
     timed(layers)
-    step = device.record(layers) if router.records and device.replays_steps else layers
+    step: Callable[[], None] = layers
+    if router.records and device.replays_steps:
+        try:
+            step = device.record(layers)
+        except RuntimeError as error:
+            router.reset()
+            raise EngineError(f"its steps cannot be recorded: {error}") from error
     timed(step)
     return statistics.median(timed(step) for _ in range(_MEASURED_STEPS)) / submissions
 

@@ -98,8 +98,9 @@ struct Sides {
   std::unique_ptr<Handoff> handoff;
   std::vector<Tokens> tokens{kLayers};
 
-  Sides(Mechanism mechanism, std::chrono::nanoseconds timeout) {
-    const HandoffShape shape{kLayers, kHidden, kTopK, Precision::kFp32, timeout};
+  Sides(Mechanism mechanism, std::chrono::nanoseconds timeout,
+        std::chrono::nanoseconds patience = kLongTimeout) {
+    const HandoffShape shape{kLayers, kHidden, kTopK, Precision::kFp32, timeout, patience};
     HostWorkers workers{[this](std::function<void()> job) { return queue.submit(std::move(job)); },
                         [this](const LayerCall& call) { compute_now(call); }};
     if (mechanism == Mechanism::kMailbox) {
@@ -241,6 +242,13 @@ void test_a_server_that_never_comes_is_a_timeout() {
   busy.store(false);
   sides.handoff->reset();
   sides.check_sound_step();
+}
+
+void test_a_forgotten_step_gives_its_thread_back() {
+  Sides sides(Mechanism::kMailbox, kLongTimeout, kShortTimeout);
+  sides.handoff->begin_step(0, kLayers);
+  CHECK(sides.queue.submit([] {})->wait_for(kLongTimeout));
+  sides.handoff->reset();
 }
 
 void test_another_layers_answer_is_refused() {
@@ -466,7 +474,7 @@ void test_a_cards_stream_asks_its_driver_for_the_same() {
   JobQueue queue([] {}, 50us, 50us);
   const HostWorkers workers{
       [&queue](std::function<void()> job) { return queue.submit(std::move(job)); }, compute};
-  const HandoffShape shape{kLayers, kHidden, kTopK, Precision::kFp32, kLongTimeout};
+  const HandoffShape shape{kLayers, kHidden, kTopK, Precision::kFp32, kLongTimeout, kLongTimeout};
   std::mt19937 random(1);
   driver::block_sizes.clear();
   {
@@ -515,6 +523,7 @@ int main() {
     test_the_device_works_while_the_experts_do(mechanism);
   }
   test_a_server_that_never_comes_is_a_timeout();
+  test_a_forgotten_step_gives_its_thread_back();
   test_another_layers_answer_is_refused();
   test_the_kernels_refuse_what_would_break_the_protocol();
   test_waiting_for_a_job_ends_in_time();
