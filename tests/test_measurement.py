@@ -12,7 +12,7 @@ from hybridk2.synthesis import synthesize, synthetic_config
 
 
 def test_weights_and_process_are_the_resident_set_within_2_percent(tmp_path: Path) -> None:
-    """Of a model of 141 MB, half of whose process is weights. Its own buffers, 4 MB, are 1%; the
+    """Of a process a third of which is weights. The model's own buffers, 4 MB, are 1%; the
     rest allows for pages of libraries that one of two runs happened to touch."""
     config = synthetic_config("small", layers=3, experts=48)
     synthesize(tmp_path / "small", config, seed=0)
