@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hybridk2.device import CpuDevice
+from hybridk2.device import CpuDevice, select_device
 from hybridk2.experts import panels
 from hybridk2.experts.prefill import ExpertProducts
 
 from .expert_panels import pack_expert
 from .expert_weights import HIDDEN, INTERMEDIATE, RandomLayer, assert_within, random_activations
+from .triton_kernels import DEVICE, INTERPRETED
 from .triton_offline import MOST_SHARED_BYTES, MOST_STACK_BYTES, compiled
 
 int4 = pytest.importorskip("hybridk2.model.triton.int4", reason="Triton is not installed")
@@ -19,9 +20,12 @@ int4 = pytest.importorskip("hybridk2.model.triton.int4", reason="Triton is not i
 @pytest.mark.parametrize(("hidden", "intermediate"), [(96, 32), (HIDDEN, INTERMEDIATE)])
 def test_unpacking_into_fp32_rounds_nothing(hidden: int, intermediate: int) -> None:
     layer = RandomLayer(1, hidden, intermediate)
-    packed = pack_expert(*layer.experts[0])
+    packed = pack_expert(*layer.experts[0]).to(DEVICE)
     found, expected = (
-        (torch.full((2 * intermediate, hidden), torch.nan), torch.empty(hidden, intermediate))
+        (
+            torch.full((2 * intermediate, hidden), torch.nan, device=DEVICE),
+            torch.empty(hidden, intermediate, device=DEVICE),
+        )
         for _ in range(2)
     )
     for dequantise, (gate_up, down) in (
@@ -37,9 +41,10 @@ def test_unpacking_into_fp32_rounds_nothing(hidden: int, intermediate: int) -> N
 
 def test_an_expert_unpacked_by_triton_is_within_the_references_bound() -> None:
     layer = RandomLayer(1, HIDDEN, INTERMEDIATE)
-    products = ExpertProducts(HIDDEN, INTERMEDIATE, CpuDevice(), int4.dequantise)
+    device = CpuDevice() if INTERPRETED else select_device("cuda")
+    products = ExpertProducts(HIDDEN, INTERMEDIATE, device, int4.dequantise)
     x = random_activations(20, HIDDEN, torch.bfloat16)
-    found = products(pack_expert(*layer.experts[0]), x)
+    found = products(pack_expert(*layer.experts[0]).to(DEVICE), x.to(DEVICE)).cpu()
     only = torch.zeros(20, 1, dtype=torch.int32)
     assert_within(found, layer.reference(x, only, torch.ones(20, 1)))
 

@@ -29,40 +29,46 @@ def copy_bytes_per_second(device: Device, num_bytes: int = 1 << 30) -> float:
     """Bytes read and written by a copy within the card."""
     source = torch.empty(num_bytes, dtype=torch.uint8, device=device.torch_device)
     target = torch.empty_like(source)
-    return 2 * num_bytes / seconds_in_a_row(device, lambda: target.copy_(source))
+    return 2 * num_bytes / seconds_in_a_row(device, lambda _: target.copy_(source))
 
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What the kernel is called with."""
+    """One row after so many tokens. tables: of disjoint pages, so that the latents of one are in no
+    cache any more when the turn of another has gone round."""
 
     q: Tensor
     pages: Tensor
-    table: Tensor
+    tables: list[Tensor]
     lengths: Tensor
 
 
 def attention_inputs(
-    config: K2Config, device: Device, context: int, latent_format: LatentFormat | None
+    config: K2Config,
+    device: Device,
+    context: int,
+    latent_format: LatentFormat | None,
+    num_tokens: int,
 ) -> AttentionInputs:
-    """One row after so many tokens, its pages in random order."""
+    """num_tokens: of all pages, in random order, divided among as many contexts as they make."""
     at = device.torch_device
     torch.manual_seed(context)
-    num_pages = context // PAGE_TOKENS
-    latents = torch.randn(num_pages, PAGE_TOKENS, config.latent_dim, device=at).bfloat16()
+    shape = (num_tokens // PAGE_TOKENS, PAGE_TOKENS, config.latent_dim)
+    latents = torch.randn(shape, dtype=torch.bfloat16, device=at)
     q = torch.randn(1, config.num_attention_heads, config.latent_dim, device=at) / 8
+    order = torch.randperm(shape[0], device=at).int()
     return AttentionInputs(
         q.bfloat16(),
         latents if latent_format is None else latent_format.encode(latents),
-        torch.randperm(num_pages, device=at).int()[None],
+        [table[None] for table in order.split(context // PAGE_TOKENS)],
         torch.full((1,), context, dtype=torch.int32, device=at),
     )
 
 
-def exact_attention(config: K2Config, inputs: AttentionInputs, latents: Tensor) -> Tensor:
-    """(1, heads, rank) in fp32 matrices: softmax over all keys at once."""
-    keys = latents[inputs.table[0].long()].flatten(0, 1).float()
-    weights = (inputs.q[0].float() @ keys.T * config.softmax_scale).softmax(-1)
+def exact_attention(config: K2Config, q: Tensor, latents: Tensor) -> Tensor:
+    """(1, heads, rank) in fp32 matrices: softmax over all keys at once. latents: (tokens, dim)."""
+    keys = latents.float()
+    weights = (q[0].float() @ keys.T * config.softmax_scale).softmax(-1)
     return (weights @ keys[:, : config.kv_lora_rank])[None]
 
 
@@ -76,14 +82,18 @@ def measure_attention(
 ) -> None:
     for name, latent_format in (("bf16", None), ("fp8", fp8_latents(config))):
         for context in contexts:
-            inputs = attention_inputs(config, device, context, latent_format)
-            call = (inputs.q, inputs.pages, inputs.table, inputs.lengths)
-            plain = inputs.pages if latent_format is None else latent_format.decode(inputs.pages)
-            error = float((mix(*call) - exact_attention(config, inputs, plain)).abs().max())
+            given = attention_inputs(config, device, context, latent_format, max(contexts))
+
+            def attend(number: int, given: AttentionInputs = given) -> Tensor:
+                pages_of = given.tables[number % len(given.tables)]
+                return mix(given.q, given.pages, pages_of, given.lengths)
+
+            read = given.pages[given.tables[0][0].long()].flatten(0, 1)
+            plain = read if latent_format is None else latent_format.decode(read)
+            error = float((attend(0) - exact_attention(config, given.q, plain)).abs().max())
             where = f"attention, {name} latents, {context:,} tokens"
             table.at_most(f"{where}: error", error, "", ATTENTION_ERROR)
-            speed = inputs.pages.nbytes / seconds_in_a_row(device, lambda call=call: mix(*call))
-            share = speed / copy_speed
+            share = read.nbytes / seconds_in_a_row(device, attend) / copy_speed
             if name == "bf16" and context == CHECKED_CONTEXT:
                 table.at_least(f"{where}: share of a copy's speed", share, "", ATTENTION_SHARE)
             else:
@@ -111,7 +121,7 @@ def measure_resident_experts(
         where = f"resident experts, {tokens} tokens"
         table.at_most(f"{where}: relative error", error, "", EXPERT_ERROR)
 
-        def run(call: tuple[Tensor, ...] = call) -> Tensor:
+        def run(_: int, call: tuple[Tensor, ...] = call) -> Tensor:
             return int4.resident_experts(*call, intermediate=width)
 
         read_bytes = len(places.unique()) * packed.shape[1]
@@ -130,5 +140,5 @@ def measure_int8(table: Table, device: Device, config: K2Config, copy_speed: flo
     error = float((int8.linear(x, quantised).float() - wanted).norm() / wanted.norm())
     table.at_most("int8 product, 1 row: relative error", error, "", 2**-7)
     read_bytes = quantised.codes.nbytes + quantised.scales.nbytes
-    speed = read_bytes / seconds_in_a_row(device, lambda: int8.linear(x, quantised))
+    speed = read_bytes / seconds_in_a_row(device, lambda _: int8.linear(x, quantised))
     table.figure("int8 product, 1 row: share of a copy's speed", speed / copy_speed, "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -45,6 +46,7 @@ class Table:
         try:
             measure()
         except Exception as error:  # noqa: BLE001 - reported as a failed row
+            traceback.print_exc()
             found = f"{type(error).__name__}: {error}"
             self._add(Row(f"{what}: {found}", float("nan"), "", "no error", False))
         print(f"  ({what}: {time.perf_counter() - began:.1f} s)", flush=True)
@@ -79,11 +81,19 @@ def median_seconds(device: Device, run: Callable[[], object], rounds: int = 10) 
     return statistics.median(seconds)
 
 
-def seconds_in_a_row(device: Device, run: Callable[[], object], times: int = 20) -> float:
-    """Of one run among several that the device does one after another: launching is hidden."""
+def seconds_in_a_row(device: Device, run: Callable[[int], object], times: int = 20) -> float:
+    """Of one run among several that the device does one after another, recorded where it can be,
+    as steps are decoded: launching is hidden.
+
+    run: takes its number among them. It may take other data each time, so that what it reads is in
+    no cache.
+    """
 
     def all_of_them() -> None:
-        for _ in range(times):
-            run()
+        for number in range(times):
+            run(number)
 
-    return median_seconds(device, all_of_them, rounds=5) / times
+    all_of_them()
+    device.wait()
+    recorded = device.record(all_of_them) if device.replays_steps else all_of_them
+    return median_seconds(device, recorded, rounds=5) / times
