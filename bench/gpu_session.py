@@ -205,8 +205,10 @@ def measure_with_host(table: Any, config: Any, device: Any, host: Host, mix: Any
         for router in opened:
             decode = partial(measure_decode, table, whole, router, DECODE_CONTEXTS)
             table.attempt(f"decode by {router.name}", decode)
-        prompts = host.prompts(int4.dequantise)
-        prefill = partial(measure_prefill, table, whole, prompts, PROMPTS)
+
+        def prefill() -> None:
+            measure_prefill(table, whole, host.prompts(int4.dequantise), PROMPTS)
+
         table.attempt("prefill", prefill)
 
 

@@ -70,15 +70,37 @@ void CudaDriver::check(CudaResult result, const char* what) const {
                    std::to_string(result) + ")");
 }
 
-void pin_host_memory(uintptr_t address, size_t bytes) {
+namespace {
+
+// The driver pins in a context, for all of them, and any will do: the thread's own or the first
+// card's, which is kept for good then. Were it given back, the pinning might end with it.
+const CudaDriver& driver_in_context() {
   const CudaDriver& driver = CudaDriver::loaded();
+  CudaContext current = nullptr;
+  driver.check(driver.context_get_current(&current), "asking for the thread's context");
+  if (current != nullptr) return driver;
+  static const CudaContext first = [&driver] {
+    CudaDevice device{};
+    CudaContext context = nullptr;
+    driver.check(driver.device_get(&device, 0), "looking for the first card");
+    driver.check(driver.primary_context_retain(&context, device), "using the first card's context");
+    return context;
+  }();
+  driver.check(driver.context_set_current(first), "entering the first card's context");
+  return driver;
+}
+
+}  // namespace
+
+void pin_host_memory(uintptr_t address, size_t bytes) {
+  const CudaDriver& driver = driver_in_context();
   driver.check(
       driver.memory_host_register(reinterpret_cast<void*>(address), bytes, kRegisterPortable),
       ("pinning " + std::to_string(bytes) + " bytes of host memory").c_str());
 }
 
 void unpin_host_memory(uintptr_t address) {
-  const CudaDriver& driver = CudaDriver::loaded();
+  const CudaDriver& driver = driver_in_context();
   driver.check(driver.memory_host_unregister(reinterpret_cast<void*>(address)),
                "unpinning host memory");
 }

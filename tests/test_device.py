@@ -29,9 +29,9 @@ def card(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a card")
-    properties = SimpleNamespace(multi_processor_count=132)
+    properties = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=232448)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "MemPool", SimpleNamespace)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
     return monkeypatch
 
@@ -77,5 +77,5 @@ def test_a_card_that_can_be_used_is_taken_unless_the_host_is_asked_for(
     for name in ("auto", "cuda"):
         device = select_device(name)  # type: ignore[arg-type]
         assert (device.name, device.torch_device.type) == ("cuda (a card)", "cuda")
-        assert device.multiprocessors == 132
+        assert (device.multiprocessors, device.program_bytes) == (132, 232448)
     assert select_device("cpu").name == "cpu"

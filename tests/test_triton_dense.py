@@ -11,7 +11,6 @@ from tests.triton_kernels import DEVICE
 from tests.triton_offline import CARDS, MOST_SHARED_BYTES, MOST_STACK_BYTES, compiled
 
 few_rows = pytest.importorskip("hybridk2.model.triton.few_rows", reason="Triton is not installed")
-head = pytest.importorskip("hybridk2.model.triton.head")
 
 EPS_FP32 = 2.0**-23
 HALF_ULP_BF16 = 2.0**-8
@@ -19,6 +18,11 @@ HALF_ULP_BF16 = 2.0**-8
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def logits(x: Tensor, weight: Tensor) -> Tensor:
+    """As the head of a model on a card computes them."""
+    return few_rows.product(x, weight, None, torch.float32)
 
 
 def on_device(weight: int8.Int8Linear) -> int8.Int8Linear:
@@ -86,7 +90,7 @@ def test_more_rows_take_the_matrix_in_bf16() -> None:
 def test_logits_are_the_exact_products_summed_in_fp32(rows: int, dtype: torch.dtype) -> None:
     weight = random(150, 200).bfloat16()
     x = random(rows, 200, seed=1).to(dtype)
-    found = head.logits(x.to(DEVICE), weight.to(DEVICE)).cpu()
+    found = logits(x.to(DEVICE), weight.to(DEVICE)).cpu()
     assert found.dtype == torch.float32
     assert_product(found, x, weight)
 
@@ -94,7 +98,7 @@ def test_logits_are_the_exact_products_summed_in_fp32(rows: int, dtype: torch.dt
 def test_k2s_widths() -> None:
     """The columns of K2's head and of its widest INT8 matrix, a few rows of each."""
     weight, x = random(20, 7168).bfloat16(), random(2, 7168, seed=1)
-    assert_product(head.logits(x.to(DEVICE), weight.to(DEVICE)).cpu(), x, weight)
+    assert_product(logits(x.to(DEVICE), weight.to(DEVICE)).cpu(), x, weight)
     small, wide = int8.quantise(random(20, 18_432).bfloat16()), random(1, 18_432, seed=2).bfloat16()
     found = int8.linear(wide.to(DEVICE), on_device(small)).cpu()
     assert_product(found, wide, values(small), HALF_ULP_BF16)
@@ -103,18 +107,18 @@ def test_k2s_widths() -> None:
 def test_a_rows_bits_do_not_depend_on_its_neighbours_and_nan_stays_its_own() -> None:
     weight, x = random(70, 256).bfloat16().to(DEVICE), random(5, 256, seed=1).to(DEVICE)
     x[3, 9] = torch.nan
-    together = head.logits(x, weight)
+    together = logits(x, weight)
     assert together[3].isnan().all()
     for row in (0, 1, 2, 4):
-        assert torch.equal(together[row : row + 1], head.logits(x[row : row + 1], weight))
+        assert torch.equal(together[row : row + 1], logits(x[row : row + 1], weight))
 
 
 def launch_k2() -> None:
     """K2's head with fp32 and bf16 activations, and an INT8 matrix."""
     vocab = torch.empty(163_840, 7168, dtype=torch.bfloat16)
     x = torch.empty(8, 7168)
-    head.logits(x, vocab)
-    head.logits(x.bfloat16(), vocab)
+    logits(x, vocab)
+    logits(x.bfloat16(), vocab)
     codes, scales = torch.empty(7168, 8192, dtype=torch.int8), torch.empty(7168, 64)
     weight = int8.Int8Linear(codes, scales.bfloat16(), 8192)
     int8.linear(torch.empty(8, 8192, dtype=torch.bfloat16), weight)

@@ -81,11 +81,11 @@ class Workbench:
                     tokens, positions = torch.tensor(ids[begin:end]), torch.arange(begin, end)
                     hidden = model.forward(tokens, positions, sequence)
                 sequences.append(sequence)
-                after.append(model.logits(hidden[-1:]))
+                after.append(model.logits(hidden[-1:]).cpu())
             steps = [torch.cat(after)]
             for step in range(TOKENS, TOKENS + DECODED):
                 steps.append(self._decode(model, sequences, [ids[step] for ids in self.ids]))
-        return torch.stack(steps, dim=1).cpu()
+        return torch.stack(steps, dim=1)
 
     def _decode(self, model: K2Model, sequences: Sequence, tokens: list[int]) -> Tensor:
         for sequence in sequences:

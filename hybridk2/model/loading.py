@@ -55,6 +55,7 @@ def paged_mix_for(config: K2Config, device: Device) -> PagedMix | None:
 
     def mix(q: Tensor, pages: Tensor, page_table: Tensor, lengths: Tensor) -> Tensor:
         rows, heads, _ = q.shape
+        tiling = mla.tiling_for(q.dtype, pages.dtype, heads, device.program_bytes)
         return mla.decode(
             q,
             pages,
@@ -62,7 +63,8 @@ def paged_mix_for(config: K2Config, device: Device) -> PagedMix | None:
             lengths,
             scale=config.softmax_scale,
             rank=config.kv_lora_rank,
-            splits=mla.splits_for(rows, heads, device.multiprocessors),
+            splits=mla.splits_for(rows, heads, device.multiprocessors, tiling),
+            tiling=tiling,
         )
 
     return mix

@@ -18,13 +18,13 @@ at most. With fp32 queries nothing is rounded: queries and weights are taken apa
 numbers each, whose products are exact, at three times the multiplications.
 
 Bytes: 1,152 a key for K2 (656 in fp8), from DRAM once a row. The 64 heads are 64 / tiling.heads
-programs that read the same tile at about the same time, all but the first from L2: with 16 heads,
-four reads of L2 a key. Beside them stand 2,056 bytes of partial sums a head and split, written and
-read again: 8.7 MB for one row and 66 splits, in L2, against 37.7 MB of latents at 32K. A key costs
-139 kFLOP in 64 heads, 121 FLOP a byte: at 3 TB/s 365 TFLOP/s, which is why a second product for
-what bf16 weights lose was left out. FP8 tiles are decoded by every program that reads them, with
-about 7 integer and fp32 operations a value, so they save memory for certain and time only as far as
-heads are taken together. Nothing here has been timed on a card yet.
+programs that read the same tile at about the same time, all but the first from L2. Beside them
+stand 2,056 bytes of partial sums a head and split, written and read again: 17 MB for one row and
+132 splits, in L2, against 37.7 MB of latents at 32K. A key costs 139 kFLOP in 64 heads, 121 FLOP a
+byte: at 3 TB/s 365 TFLOP/s, which is why a second product for what bf16 weights lose was left out,
+and why a Hopper card has all 64 heads in one program: its large products run at twice the rate.
+FP8 tiles are decoded by every program that reads them, with about 7 integer and fp32 operations a
+value, so they save memory, not time.
 """
 
 from __future__ import annotations
@@ -52,41 +52,54 @@ PAGE_TOKENS = 64
 _LOG2_E = 1.4426950408889634
 _MIN_DOT = 16  # the smallest side that a product of tiles may have
 # The combining kernel: splits that it reads at a time, and columns of a program.
-_JOINED_SPLITS = 16
-_JOINED_COLUMNS = 128
+_JOINED_SPLITS = 128
+_JOINED_COLUMNS = 32
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """heads of one program, keys of one tile (a page at most), warps, and Triton's num_stages. With
-    2 tiles come into shared memory by asynchronous copies, without passing through registers."""
+    """heads of one program, keys of one tile (a page at most), warps, and Triton's num_stages: with
+    3 there are three tiles in shared memory, of which one is on its way while another is computed
+    with. programs: of a multiprocessor, between which a row is divided."""
 
     heads: int
     keys: int
     warps: int
     stages: int
+    programs: int = 2
 
 
-# All fit the 99 KB of sm_89 and sm_120 with bf16 queries, the first also with fp32 ones; none
-# spills registers. decode() takes the first until a card has shown another to be faster: 56 KB of
-# shared memory (bf16 latents), 40 (FP8), 93 (fp32 queries), 100 to 164 registers of a thread. There
-# is room for one tile of a program whatever num_stages (3 and 4 were compiled), so what computes
-# while it waits are other programs: a second one on an H100's multiprocessor, those of other
-# multiprocessors where shared memory holds one.
-TILINGS = (
-    Tiling(heads=16, keys=32, warps=8, stages=2),
-    Tiling(heads=16, keys=32, warps=4, stages=2),
-    Tiling(heads=32, keys=32, warps=8, stages=2),
-)
+# The fastest of those that were tried on an H100, microseconds of a row of 32,768 and 262,144 keys:
+# 38 and 172 of the first, 41 and 241 of the second. 180 KB of shared memory with bf16 queries, and
+# 91: the second has room on every card, and it has the products that those before Hopper know. FP8
+# latents need more registers of a thread, fp32 queries more memory.
+_HOPPER = Tiling(heads=64, keys=32, warps=8, stages=3, programs=1)
+_EVERYWHERE = Tiling(heads=16, keys=32, warps=4, stages=3)
+_FP8 = Tiling(heads=16, keys=32, warps=8, stages=3)
+_FP32 = Tiling(heads=16, keys=32, warps=8, stages=2)
+TILINGS = (_HOPPER, _EVERYWHERE, _FP8, _FP32)
+_HOPPER_BYTES = 180 * 1024
 
 
-def splits_for(rows: int, heads: int, multiprocessors: int, tiling: Tiling = TILINGS[0]) -> int:
-    """Shares of a row's keys that make two programs for every multiprocessor.
+def tiling_for(
+    queries: torch.dtype, latents: torch.dtype, heads: int, program_bytes: int
+) -> Tiling:
+    """queries, latents: their dtypes. heads: of a row. program_bytes: shared memory that the card
+    gives one program."""
+    if queries != torch.bfloat16:
+        return _FP32
+    if heads >= _HOPPER.heads and program_bytes >= _HOPPER_BYTES:
+        return _HOPPER
+    return _FP8 if latents == torch.uint8 else _EVERYWHERE
+
+
+def splits_for(rows: int, heads: int, multiprocessors: int, tiling: Tiling) -> int:
+    """Shares of a row's keys that make tiling.programs for every multiprocessor.
 
     Of rows, heads and card alone, never of lengths. A row's bits depend on it.
     """
     programs = rows * triton.cdiv(heads, tiling.heads)
-    return max(1, 2 * multiprocessors // programs)
+    return max(1, tiling.programs * multiprocessors // programs)
 
 
 def decode(
@@ -98,7 +111,7 @@ def decode(
     scale: float,
     rank: int,
     splits: int,
-    tiling: Tiling = TILINGS[0],
+    tiling: Tiling,
 ) -> Tensor:
     """Each row's softmax-weighted mean of its latents, head by head.
 
@@ -296,11 +309,16 @@ def _attend(
     )
 
     top = tl.full((HEADS,), float("-inf"), tl.float32)
-    total = tl.zeros((HEADS,), tl.float32)
+    total = tl.zeros((HEADS, KEYS), tl.float32)
     mixed = tl.zeros((HEADS, BLOCK_RANK), tl.float32)
+    table = page_table + row.to(tl.int64) * table_row_stride
+    # 64 bits: a layer of the cache may have more than 2^31 elements.
+    page = tl.load(table + first // 64).to(tl.int64)
     for start in range(first, last, KEYS):
-        # 64 bits: a layer of the cache may have more than 2^31 elements.
-        page = tl.load(page_table + row.to(tl.int64) * table_row_stride + start // 64).to(tl.int64)
+        # The next tile's page is known a tile early: Triton asks for tiles ahead only where what
+        # they need has not been asked for in the same round.
+        after = start + KEYS
+        next_page = tl.load(table + after // 64, mask=after < last, other=0).to(tl.int64)
         place = start % 64 + tl.arange(0, KEYS)
         present = start + tl.arange(0, KEYS) < last
         # What lies beyond the length is not read: it may be NaN, and 0 * NaN is not 0.
@@ -338,13 +356,14 @@ def _attend(
         higher = tl.maximum(top, tl.max(scores, axis=1))
         shrink = tl.exp2(top - higher)
         weights = tl.exp2(scores - higher[:, None])
-        total = total * shrink + tl.sum(weights, axis=1)
+        total = total * shrink[:, None] + weights
         mixed = add_product(weights, latent, mixed * shrink[:, None], PARTS)
         top = higher
+        page = next_page
 
     at = (row.to(tl.int64) * num_heads + heads) * num_splits + split
     tl.store(largest + at, top, mask=head_exists)
-    tl.store(totals + at, total, mask=head_exists)
+    tl.store(totals + at, tl.sum(total, axis=1), mask=head_exists)
     tl.store(
         sums + at[:, None] * RANK + columns[None, :],
         mixed,
