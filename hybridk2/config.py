@@ -404,10 +404,11 @@ class EngineConfig:
     """The user's choices. None means: let the engine decide from the model and the machine.
 
     About a card alone: placement, a file that says which experts live there; keep_host_copy, that
-    these lie in host memory too; kv_dtype and dense, of the latent cache and of the other weights;
-    handoff, how steps of decoding reach the host. defer_experts: of each decoded token, so many
-    routed experts of the lowest weights are added one layer late. fp8, int8 and deferral change the
-    model's answers; they are off unless they are asked for here.
+    these lie in host memory too; dynamic_placement, that they change with what is picked; kv_dtype
+    and dense, of the latent cache and of the other weights; handoff, how steps of decoding reach
+    the host. defer_experts: of each decoded token, so many routed experts of the lowest weights are
+    added one layer late. fp8, int8 and deferral change the model's answers; they are off unless
+    they are asked for here.
     """
 
     model: str = "nano"
@@ -421,6 +422,7 @@ class EngineConfig:
     huge_pages: bool = True
     placement: str | None = None
     keep_host_copy: bool = False
+    dynamic_placement: bool = False
     kv_dtype: KvDtype = "bf16"
     dense: DenseDtype = "bf16"
     handoff: HandoffName = "auto"
@@ -436,6 +438,11 @@ class EngineConfig:
             if getattr(self, name) not in get_args(allowed):
                 found = getattr(self, name)
                 raise ConfigError(f"{name}: expected one of {get_args(allowed)}, found {found!r}")
+        if self.dynamic_placement and not self.keep_host_copy:
+            raise ConfigError(
+                "--dynamic-placement: an expert that leaves the card must be computed on the host. "
+                "Add --keep-host-copy"
+            )
         if self.defer_experts < 0:
             raise ConfigError(f"defer_experts: expected 0 or more, found {self.defer_experts}")
         for name in (
@@ -452,6 +459,7 @@ class EngineConfig:
         chosen = (
             ("--placement", self.placement is not None),
             ("--keep-host-copy", self.keep_host_copy),
+            ("--dynamic-placement", self.dynamic_placement),
             ("--kv-dtype", self.kv_dtype != "bf16"),
             ("--dense", self.dense != "bf16"),
             ("--handoff", self.handoff not in ("auto", "thread")),

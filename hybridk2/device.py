@@ -187,7 +187,8 @@ class CudaDevice:
         self.name = f"cuda ({torch.cuda.get_device_name(index)})"
         properties = torch.cuda.get_device_properties(index)
         self.multiprocessors: int = properties.multi_processor_count
-        self.program_bytes: int = properties.shared_memory_per_block_optin
+        # In torch 2.8 already, and in no release's stubs.
+        self.program_bytes: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
         # Recorded steps are replayed one at a time, so they share the memory of what is between. A
         # mere handle would be of no more use once all steps that had it are gone.
         self._pool = torch.cuda.MemPool()
@@ -210,7 +211,8 @@ class CudaDevice:
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as those that load or serve, may call CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool.id, capture_error_mode="thread_local"):
+        pool: Any = self._pool.id
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             step()
         return graph.replay
 

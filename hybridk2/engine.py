@@ -44,7 +44,10 @@ logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """A loaded model and its running requests. Its methods may be called from any thread."""
+    """A loaded model and its running requests. Its methods may be called from any thread.
+
+    experts: the host's. card: the name of the card that computes all else, None without one.
+    """
 
     def __init__(
         self,
@@ -61,6 +64,7 @@ class Engine:
         self._model = model
         self._parts = parts
         self.experts: HostExperts = parts.experts
+        self.card: str | None = None if parts.device.memory_bytes() is None else parts.device.name
         self._cache = cache
         self._execution = Execution(model, cache)
         self._scheduler: Scheduler[Generation] = Scheduler(max_running, max_queued)

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,14 @@ from hybridk2.benchmark.figures import (
     CSV_COLUMNS,
     Benchmark,
     PassFigures,
+    Roofs,
     Spread,
     run_seconds,
 )
 from hybridk2.benchmark.measuring import Progress, Subject, Workload, measure, sizes_of
 from hybridk2.config import KIMI_K2_THINKING, EngineConfig
 from hybridk2.engine import Engine
+from hybridk2.report import tables
 from hybridk2.timeline import Span, Step
 from tests.measured_steps import (
     DENSE_MS,
@@ -115,6 +118,24 @@ def test_csv_has_every_layer_and_its_phases_add_up_to_the_step() -> None:
     attention = [row for row in decode if row["layer"] and row["phase"] == "attention"]
     assert [row["layer"] for row in attention] == ["0", "1", "2"]
     assert {row["samples"] for row in attention} == {"3"}
+
+
+def test_where_a_card_shares_the_experts_nobody_says_how_fast_the_host_is() -> None:
+    shared = replace(SIZES, all_on_host=False)
+    found = PassFigures.of([[step()]], Spread.of([1.0]), shared)
+    assert found.expert_bytes_per_second is None
+    assert found.expert_flop_per_second is None
+    assert found.host_ms is not None
+    assert found.dense_bytes_per_second is not None
+
+
+def test_a_machine_without_experts_in_its_memory_has_no_read_roof() -> None:
+    nothing = replace(benchmark(), roofs=Roofs(None, 3e12))
+    assert tables.roofs(nothing) == "all threads multiplied 3 TFLOP/s"
+    rows = {name: cells for name, *cells in tables.rates(nothing)[1]}
+    assert not any("%" in cell for cell in rows["experts GB/s"])
+    neither = replace(nothing, roofs=Roofs(None, None))
+    assert tables.roofs(neither) == "nothing could be measured"
 
 
 def test_k2_thinking_reads_what_its_dimensions_say() -> None:

@@ -21,6 +21,7 @@ from hybridk2.device import CpuDevice
 from hybridk2.engine import Engine
 from hybridk2.errors import ConfigError, EngineError, OutOfMemoryError, TuningError
 from hybridk2.placement import Placement
+from hybridk2.placement_changes import SwapCosts
 from hybridk2.planner import ModelSizes
 from hybridk2.sampling import SamplingParams
 from tests.faked_device import WaitingRouter
@@ -136,6 +137,30 @@ def test_what_lives_on_the_card_may_lie_in_host_memory_too(
     assert reply(assistant) == answer
     experts = assistant._engine.experts
     assert experts.weight_bytes == mask.size * experts.expert_bytes
+
+
+def test_experts_that_are_picked_often_come_onto_the_card_and_the_answer_stays(
+    load: Load, answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A hit is worth so much here that a few picks pay for an upload.
+    monkeypatch.setattr(
+        "hybridk2.engine_parts.card.measure_swap_costs", lambda *args: SwapCosts(1.0, 1e-6)
+    )
+    mask = random_mask(0.3)
+    choices = {"placement": placement_file(tmp_path, mask), "keep_host_copy": True}
+    fixed = load(**choices)
+    assert reply(fixed) == answer
+    changing = load(**choices, dynamic_placement=True)
+    assert reply(changing) == answer
+    shares = [one._engine.stats().host_expert_share for one in (fixed, changing)]
+    assert shares[1] < shares[0] - 0.02, f"{shares}: no more hits than before"
+    assert changing._engine.experts.weight_bytes == fixed._engine.experts.weight_bytes
+
+
+def test_without_experts_on_the_card_none_can_change(load: Load, tmp_path: Path) -> None:
+    path = placement_file(tmp_path, np.zeros((5, 32), bool))
+    with pytest.raises(ConfigError, match=r"^--dynamic-placement: no routed expert lives on"):
+        load(placement=path, keep_host_copy=True, dynamic_placement=True)
 
 
 def test_without_a_placement_all_experts_live_on_a_card_that_is_large_enough(

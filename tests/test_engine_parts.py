@@ -18,6 +18,7 @@ from hybridk2.sampling import SamplingParams
     [
         ("--placement", {"placement": "a-file.json"}),
         ("--keep-host-copy", {"keep_host_copy": True}),
+        ("--dynamic-placement", {"dynamic_placement": True, "keep_host_copy": True}),
         ("--kv-dtype", {"kv_dtype": "fp8"}),
         ("--dense", {"dense": "int8"}),
         ("--handoff", {"handoff": "mailbox"}),
@@ -27,7 +28,7 @@ def test_what_is_about_a_card_is_refused_without_one(
     small_checkpoint: Path, option: str, choice: dict[str, Any]
 ) -> None:
     choices = EngineConfig(model=str(small_checkpoint), device="cpu", **choice)
-    with pytest.raises(ConfigError, match=f"^{option}: about a card.*Leave them out"):
+    with pytest.raises(ConfigError, match=f"{option}: about a card.*Leave them out"):
         Engine.load(choices, lambda progress: pytest.fail("loading began"))
 
 
@@ -39,6 +40,11 @@ def test_a_choice_that_there_is_not_is_refused_by_its_name(choice: dict[str, Any
     (name,) = choice
     with pytest.raises(ConfigError, match=f"^{name}: expected"):
         EngineConfig(**choice)
+
+
+def test_experts_that_leave_the_card_need_a_copy_on_the_host() -> None:
+    with pytest.raises(ConfigError, match=r"^--dynamic-placement: .*Add --keep-host-copy"):
+        EngineConfig(dynamic_placement=True)
 
 
 def test_no_more_experts_are_deferred_than_a_token_picks(small_checkpoint: Path) -> None:

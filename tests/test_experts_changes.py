@@ -65,7 +65,7 @@ def test_popular_experts_come_in_and_every_sum_stays_that_of_all_experts(
                 total = compute(host, x, host_ids, weights)
                 total = total + resident.compute(0, x, places, weights)
                 assert_within(total, layer.reference(x, ids, weights))
-            changing.after_step(picks.reshape(1, 1, TOP_K))
+            changing.after_step(torch.from_numpy(picks.reshape(1, 1, TOP_K)))
         assert changing.uploads == 2
         assert resident.mask()[0, [7, 9]].all()
         assert resident.mask().sum() == 3
@@ -78,7 +78,7 @@ def test_nothing_moves_where_an_upload_costs_more_than_it_saves(layer: RandomLay
         resident = residents(layer, host, FEW)
         changing = ChangingResidents(host, resident, SwapCosts(1e-6, 1.0), window_tokens=200)
         for _ in range(200):
-            changing.after_step(np.array([[[7, 9]]]))
+            changing.after_step(torch.tensor([[[7, 9]]]))
         assert changing.uploads == 0
         assert np.array_equal(resident.mask(), FEW)
 

@@ -257,7 +257,7 @@ def test_every_fp8_code_is_read_as_its_value() -> None:
         scale=1.0,
         rank=rank,
         splits=1,
-        tiling=mla.TILINGS[1],
+        tiling=mla.Tiling(16, 32, 4, 1),
     )
     assert torch.equal(found.cpu().flatten()[: len(codes)], values)
 
@@ -318,19 +318,23 @@ def test_the_kernels_compile_for_every_card_within_its_shared_memory(
 
 
 def test_a_card_gets_the_tiling_that_has_room_there() -> None:
-    hopper, everywhere, fp8, fp32 = mla.TILINGS
-    for latents_dtype, small in ((torch.bfloat16, everywhere), (torch.uint8, fp8)):
+    hopper, hopper_fp8, everywhere, fp8, fp32 = mla.TILINGS
+    for latents_dtype, large, small in (
+        (torch.bfloat16, hopper, everywhere),
+        (torch.uint8, hopper_fp8, fp8),
+    ):
         given = torch.bfloat16, latents_dtype
-        assert mla.tiling_for(*given, 64, MOST_HOPPER_BYTES) == hopper
+        assert mla.tiling_for(*given, 64, MOST_HOPPER_BYTES) == large
         assert mla.tiling_for(*given, 64, MOST_SHARED_BYTES) == small
         assert mla.tiling_for(*given, 8, MOST_HOPPER_BYTES) == small
     assert mla.tiling_for(torch.float32, torch.bfloat16, 64, MOST_HOPPER_BYTES) == fp32
 
 
 def test_splits_fill_a_card_and_never_vanish() -> None:
-    hopper, everywhere, *_ = mla.TILINGS
+    hopper, hopper_fp8, everywhere, *_ = mla.TILINGS
     assert mla.splits_for(1, 64, 132, everywhere) == 66
     assert mla.splits_for(8, 64, 132, everywhere) == 8
     assert mla.splits_for(8, 64, 10, everywhere) == 1
-    assert mla.splits_for(1, 64, 132, hopper) == 132
-    assert mla.splits_for(8, 64, 132, hopper) == 16
+    assert mla.splits_for(1, 64, 132, hopper_fp8) == 132
+    assert mla.splits_for(1, 64, 132, hopper) == 66
+    assert mla.splits_for(8, 64, 132, hopper) == 8

@@ -55,7 +55,9 @@ class Sizes:
     """What a step reads and multiplies. All in bytes but expert_flop.
 
     expert_bytes: one routed expert. dense_bytes: all weights of DENSE_PHASES. latent_bytes: one
-    token's latents in all layers. expert_flop: one token through one routed expert.
+    token's latents in all layers. expert_flop: one token through one routed expert. all_on_host:
+    the host's workers compute all routed experts; where they share them with a card, nobody counts
+    who did how much, and there are no rates.
     """
 
     expert_bytes: int
@@ -63,6 +65,7 @@ class Sizes:
     latent_bytes: int
     expert_flop: int
     experts_per_token: int
+    all_on_host: bool = True
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,8 @@ class PassFigures:
         by_length = sorted(steps, key=lambda step: step.seconds)
         with_experts = [step for step in steps if step.host_calls]
         hosts = [_host_seconds(step) for step in with_experts]
+        on_host = with_experts if sizes.all_on_host else []
+        their_seconds = [_host_seconds(step) for step in on_host]
         # A recorded step is one phase.
         with_phases = [step for step in steps if _phase_seconds(step, DENSE_PHASES) > 0]
         return cls(
@@ -116,14 +121,14 @@ class PassFigures:
             host_layer_ms=_host_by_layer(steps),
             hidden_share=_hidden_share(with_experts),
             expert_bytes_per_second=_rates(
-                [sizes.expert_bytes * _experts(step) for step in with_experts], hosts
+                [sizes.expert_bytes * _experts(step) for step in on_host], their_seconds
             ),
             expert_flop_per_second=_rates(
                 [
                     sizes.expert_flop * step.tokens * sizes.experts_per_token * len(step.host_calls)
-                    for step in with_experts
+                    for step in on_host
                 ],
-                hosts,
+                their_seconds,
             ),
             dense_bytes_per_second=_rates(
                 [
@@ -175,11 +180,12 @@ class Frontier:
 class Roofs:
     """What this machine reached in the same run, doing nothing else.
 
-    read_bytes_per_second: all threads reading the experts' memory. expert_flop_per_second: all
-    threads multiplying with the kernels' instruction; None where these kernels have no such loop.
+    read_bytes_per_second: all threads reading the experts' memory; None where the host has none of
+    them. expert_flop_per_second: all threads multiplying with the kernels' instruction; None where
+    these kernels have no such loop.
     """
 
-    read_bytes_per_second: float
+    read_bytes_per_second: float | None
     expert_flop_per_second: float | None
 
 

@@ -85,7 +85,7 @@ def measure(
     """
     started_at = datetime.now().astimezone().isoformat(timespec="seconds")
     dtype: torch.dtype = getattr(torch, subject.dtype)
-    sizes = sizes_of(engine.config, dtype)
+    sizes = replace(sizes_of(engine.config, dtype), all_on_host=engine.card is None)
     ids = random_ids(engine.config, workload.contexts[-1] + workload.repeat)
     prompt, last_ids = ids[: workload.contexts[-1]], ids[workload.contexts[-1] :]
     try:
@@ -108,7 +108,7 @@ def measure(
     return Benchmark(
         version=__version__,
         model=subject.model,
-        machine=inspect_system().processor,
+        machine=" with ".join(filter(None, (inspect_system().processor, engine.card))),
         isa=engine.experts.isa,
         threads=engine.experts.threads,
         nodes=len(engine.experts.threads_of_node),
@@ -117,7 +117,8 @@ def measure(
         load_seconds=subject.load_seconds,
         started_at=started_at,
         roofs=Roofs(
-            max(read_roofs), max((roof for roof in flop_roofs if roof is not None), default=None)
+            max(read_roofs) or None,
+            max((roof for roof in flop_roofs if roof is not None), default=None),
         ),
         frontiers=tuple(frontiers),
     )
@@ -150,14 +151,15 @@ def sizes_of(config: K2Config, dtype: torch.dtype) -> Sizes:
 def planned_decode(engine: Engine, workload: Workload, subject: Subject) -> list[float | None]:
     """Tokens/s at each context as `hybridk2 plan` predicts them from the machine's profile.
 
-    None where there is no profile of these kernels, threads and activations.
+    None where there is no profile of these kernels, threads and activations, or a card computes,
+    which a profile does not describe.
     """
     profile, experts = subject.profile, engine.experts
     measured = profile is not None and (profile.isa, profile.cores, subject.dtype) == (
         *(experts.isa, experts.threads),
         "bfloat16",
     )
-    if profile is None or not measured:
+    if profile is None or not measured or engine.card is not None:
         return [None] * len(workload.contexts)
     sizes, on_cpu = ModelSizes.from_config(engine.config), replace(profile, gpu=None)
     middle = workload.tokens // 2

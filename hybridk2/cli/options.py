@@ -50,6 +50,12 @@ _CARD = (
         help="Experts on the card lie in host memory as well.",
     ),
     click.option(
+        "--dynamic-placement",
+        is_flag=True,
+        help="Between tokens, exchange experts on the card for some that are picked more often, "
+        "where that pays; needs --keep-host-copy.",
+    ),
+    click.option(
         "--kv-dtype",
         type=click.Choice(["bf16", "fp8"]),
         default="bf16",

@@ -22,7 +22,9 @@ from hybridk2.engine_parts.parts import (
     host_experts,
     whole_pages,
 )
+from hybridk2.errors import ConfigError
 from hybridk2.experts import panels
+from hybridk2.experts.changes import ChangingResidents, measure_swap_costs
 from hybridk2.experts.expert_costs import measure_expert_costs
 from hybridk2.experts.handoff import (
     HostFunctionRouter,
@@ -51,6 +53,8 @@ _DTYPE = torch.bfloat16
 _RING_SLOTS = 16
 # Experts that the costs are measured on: 3 GB of K2, which no cache holds.
 _MEASURED_EXPERTS = 128
+# Decoded tokens, about an answer's, for which what is picked is expected to stay much the same.
+_ROUTING_TOKENS = 2048
 
 
 def load_onto_card(
@@ -80,10 +84,12 @@ def load_onto_card(
             resident=resident,
             keep_host_copy=choices.keep_host_copy,
         )
+        decoding = _decoding(experts, device, choices, config, resources)
         kept = _kept_by_host(config, elsewhere)
+        prompts, costs = _prompts(experts, kept, device, config, resident, resources)
         routed = RoutedExperts(
-            _decoding(experts, device, choices, config, resources),
-            _prompts(experts, kept, device, config, resident, resources),
+            decoding,
+            prompts,
             resident,
             choices.defer_experts,
         )
@@ -97,6 +103,8 @@ def load_onto_card(
             paged_mix=paged_mix_for(config, device),
             int8=choices.dense == "int8",
         )
+        if choices.dynamic_placement:
+            model.after_decoding = _changing(experts, resident, costs, device, config).after_step
         cache = PagedLatentCache(
             config,
             cache_tokens,
@@ -105,7 +113,7 @@ def load_onto_card(
             _DTYPE,
             fp8_latents(config) if choices.kv_dtype == "fp8" else None,
         )
-        return EngineParts(model, experts, cache, context_tokens, resources.pop_all())
+        return EngineParts(device, model, experts, cache, context_tokens, resources.pop_all())
 
 
 def _layout(
@@ -162,7 +170,7 @@ def _prompts(
     config: K2Config,
     resident: ResidentExperts | None,
     resources: ExitStack,
-) -> PrefillExperts:
+) -> tuple[PrefillExperts, ExpertCosts]:
     """Who computes a prompt's experts, by costs that are measured here and now."""
     dequantise: Dequantise = panels.dequantise
     if device.has_kernels:
@@ -182,15 +190,30 @@ def _prompts(
     else:
         # All live on the card: there is nothing to choose.
         costs = ExpertCosts(experts.expert_bytes, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0)
-    return PrefillExperts(
-        ThreadRouter(experts, device),
-        device,
-        stream,
-        products,
-        costs,
-        config.n_routed_experts,
-        resident,
+    host = ThreadRouter(experts, device)
+    number = config.n_routed_experts
+    return PrefillExperts(host, device, stream, products, costs, number, resident), costs
+
+
+def _changing(
+    experts: HostExperts,
+    resident: ResidentExperts | None,
+    costs: ExpertCosts,
+    device: Device,
+    config: K2Config,
+) -> ChangingResidents:
+    """The card's experts, as they will change. Raises ConfigError when there are none."""
+    if resident is None:
+        raise ConfigError("--dynamic-placement: no routed expert lives on the card. Leave it out")
+    swap = measure_swap_costs(
+        costs, resident, device, config.hidden_size, config.num_experts_per_tok
     )
+    logger.info(
+        "experts on the card change where that pays: a hit saves %.0f us, an upload takes %.0f us",
+        swap.hit_seconds * 1e6,
+        swap.upload_seconds * 1e6,
+    )
+    return ChangingResidents(experts, resident, swap, _ROUTING_TOKENS)
 
 
 def _in_words(costs: ExpertCosts) -> str:

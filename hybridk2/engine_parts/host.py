@@ -50,4 +50,4 @@ def load_onto_host(
         routed = RoutedExperts(ThreadRouter(experts, device), deferred=choices.defer_experts)
         model = load_model(checkpoint, experts, device, dtype, on_progress, routed=routed)
         cache = PagedLatentCache(config, cache_tokens, chunk_tokens, device, dtype)
-        return EngineParts(model, experts, cache, context_tokens, resources.pop_all())
+        return EngineParts(device, model, experts, cache, context_tokens, resources.pop_all())

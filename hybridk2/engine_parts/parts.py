@@ -14,6 +14,7 @@ import torch
 
 from hybridk2.checkpoint import Checkpoint, LoadProgress
 from hybridk2.config import EngineConfig
+from hybridk2.device import Device
 from hybridk2.experts.host import HostExperts, reserved_page_bytes, usable_cores
 from hybridk2.kv_cache import PAGE_TOKENS, PagedLatentCache
 from hybridk2.model.k2 import K2Model
@@ -25,9 +26,11 @@ OnProgress = Callable[[LoadProgress], None]
 
 @dataclass(frozen=True)
 class EngineParts:
-    """A loaded model and what it computes with. context_tokens: of one request, at most. resources:
-    what `close` gives back, in the right order."""
+    """A loaded model and what it computes with. device: of all but experts that are on the host.
+    context_tokens: of one request, at most. resources: what `close` gives back, in the right order.
+    """
 
+    device: Device
     model: K2Model
     experts: HostExperts
     cache: PagedLatentCache

@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from hybridk2.device import Device
@@ -61,10 +60,10 @@ class ChangingResidents:
         self._placement = ChangingPlacement(mask, window_tokens)
         self.uploads = 0
 
-    def after_step(self, picks: NDArray[np.integer]) -> None:
-        """A step of decoding is done. picks: (MoE layers, tokens, top_k). The next one finds the
-        swaps made."""
-        self._placement.observe(picks)
+    def after_step(self, picks: Tensor) -> None:
+        """A step of decoding is done. picks: (MoE layers, tokens, top_k) int32 on the host. The
+        next one finds the swaps made."""
+        self._placement.observe(picks.numpy())
         for swap in self._placement.swaps(self._costs, _MOST_SWAPS):
             packed = self._packed(swap.layer, swap.entering)
             self._resident.replace(swap.layer, swap.leaving, swap.entering, packed)

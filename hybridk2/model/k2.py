@@ -155,6 +155,9 @@ class K2Model:
         self.config = config
         self.layers = layers
         self.timeline: Timeline | None = None
+        # Called between two steps of decoding, with the picks of the first: (MoE layers, tokens,
+        # top_k) int32 on the host.
+        self.after_decoding: Callable[[Tensor], None] | None = None
         self._device = device
         self._dtype = dtype
         self._experts = experts
@@ -228,6 +231,8 @@ class K2Model:
         for layer in self.layers:
             if layer.moe is not None:
                 layer.moe.note_decoded(picks[layer.moe.slot])
+        if self.after_decoding is not None:
+            self.after_decoding(picks)
         return logits
 
     def _steps_over(self, cache: PagedLatentCache) -> DecodeSteps:

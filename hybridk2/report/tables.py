@@ -61,11 +61,13 @@ def phases(columns: Sequence[tuple[str, PassFigures]]) -> Table:
 
 
 def roofs(benchmark: Benchmark) -> str:
-    """What the machine reached doing nothing else, as part of a sentence."""
-    flop = benchmark.roofs.expert_flop_per_second
-    multiplied = "" if flop is None else f" and multiplied {number(flop / 1e12)} TFLOP/s"
-    read = benchmark.roofs.read_bytes_per_second
-    return f"all threads read {number(read / 1e9)} GB/s of the experts' memory{multiplied}"
+    """What the machine reached doing nothing else, as a sentence's end."""
+    read, flop = benchmark.roofs.read_bytes_per_second, benchmark.roofs.expert_flop_per_second
+    reached = [
+        *([] if read is None else [f"read {number(read / 1e9)} GB/s of the experts' memory"]),
+        *([] if flop is None else [f"multiplied {number(flop / 1e12)} TFLOP/s"]),
+    ]
+    return f"all threads {' and '.join(reached)}" if reached else "nothing could be measured"
 
 
 def subject(benchmark: Benchmark) -> str:

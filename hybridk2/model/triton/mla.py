@@ -17,14 +17,14 @@ the latents, as every flash kernel does: an output is off by 2^-8 of the weighte
 at most. With fp32 queries nothing is rounded: queries and weights are taken apart into three bf16
 numbers each, whose products are exact, at three times the multiplications.
 
-Bytes: 1,152 a key for K2 (656 in fp8), from DRAM once a row. The 64 heads are 64 / tiling.heads
-programs that read the same tile at about the same time, all but the first from L2. Beside them
-stand 2,056 bytes of partial sums a head and split, written and read again: 17 MB for one row and
-132 splits, in L2, against 37.7 MB of latents at 32K. A key costs 139 kFLOP in 64 heads, 121 FLOP a
-byte: at 3 TB/s 365 TFLOP/s, which is why a second product for what bf16 weights lose was left out,
-and why a Hopper card has all 64 heads in one program: its large products run at twice the rate.
-FP8 tiles are decoded by every program that reads them, with about 7 integer and fp32 operations a
-value, so they save memory, not time.
+Bytes: 1,152 a key for K2 (656 in fp8), from DRAM once a row: the programs of one share read the
+same tiles at about the same time, all but the first from L2. Beside them stand 2,056 bytes of
+partial sums a head and split, written and read again: 8.7 MB for one row and 66 splits, in L2,
+against 37.7 MB of latents at 32K. A key costs 139 kFLOP in 64 heads, 121 FLOP a byte: at 3 TB/s 365
+TFLOP/s, which is why a second product for what bf16 weights lose was left out, and why a Hopper
+card has all 64 heads in one program, whose large products run at twice the rate. FP8 tiles are
+decoded by every program that reads them, with about 7 integer and fp32 operations a value, so they
+save memory, not time.
 """
 
 from __future__ import annotations
@@ -60,25 +60,28 @@ _JOINED_COLUMNS = 32
 class Tiling:
     """heads of one program, keys of one tile (a page at most), warps, and Triton's num_stages: with
     3 there are three tiles in shared memory, of which one is on its way while another is computed
-    with. programs: of a multiprocessor, between which a row is divided."""
+    with. parts: 2 where a program sums half of the columns, and two programs compute the same
+    scores; of bf16 latents alone. programs: of a multiprocessor, between which a row is divided."""
 
     heads: int
     keys: int
     warps: int
     stages: int
+    parts: int = 1
     programs: int = 2
 
 
-# The fastest of those that were tried on an H100, microseconds of a row of 32,768 and 262,144 keys:
-# 38 and 172 of the first, 41 and 241 of the second. 180 KB of shared memory with bf16 queries, and
-# 91: the second has room on every card, and it has the products that those before Hopper know. FP8
-# latents need more registers of a thread, fp32 queries more memory.
-_HOPPER = Tiling(heads=64, keys=32, warps=8, stages=3, programs=1)
+# The fastest of those that were tried on an H100. Microseconds of a row of 32,768 and of 262,144
+# keys: 30 and 149 of the first, 41 and 241 of _EVERYWHERE, which has room on every card (91 KB of
+# shared memory, the first 216) and the products that those before Hopper know. With FP8 latents 46
+# of the second and 117 of _EVERYWHERE at 32,768 keys. Fp32 queries need more memory.
+_HOPPER = Tiling(heads=64, keys=32, warps=4, stages=4, parts=2, programs=1)
+_HOPPER_FP8 = Tiling(heads=64, keys=32, warps=8, stages=3, programs=1)
 _EVERYWHERE = Tiling(heads=16, keys=32, warps=4, stages=3)
 _FP8 = Tiling(heads=16, keys=32, warps=8, stages=3)
 _FP32 = Tiling(heads=16, keys=32, warps=8, stages=2)
-TILINGS = (_HOPPER, _EVERYWHERE, _FP8, _FP32)
-_HOPPER_BYTES = 180 * 1024
+TILINGS = (_HOPPER, _HOPPER_FP8, _EVERYWHERE, _FP8, _FP32)
+_HOPPER_BYTES = 216 * 1024
 
 
 def tiling_for(
@@ -88,9 +91,10 @@ def tiling_for(
     gives one program."""
     if queries != torch.bfloat16:
         return _FP32
-    if heads >= _HOPPER.heads and program_bytes >= _HOPPER_BYTES:
-        return _HOPPER
-    return _FP8 if latents == torch.uint8 else _EVERYWHERE
+    is_hopper = heads >= _HOPPER.heads and program_bytes >= _HOPPER_BYTES
+    if latents == torch.uint8:
+        return _HOPPER_FP8 if is_hopper else _FP8
+    return _HOPPER if is_hopper else _EVERYWHERE
 
 
 def splits_for(rows: int, heads: int, multiprocessors: int, tiling: Tiling) -> int:
@@ -98,7 +102,7 @@ def splits_for(rows: int, heads: int, multiprocessors: int, tiling: Tiling) -> i
 
     Of rows, heads and card alone, never of lengths. A row's bits depend on it.
     """
-    programs = rows * triton.cdiv(heads, tiling.heads)
+    programs = rows * triton.cdiv(heads, tiling.heads) * tiling.parts
     return max(1, tiling.programs * multiprocessors // programs)
 
 
@@ -131,15 +135,17 @@ def decode(
     fp8 = _check(q, latents, page_table, lengths, rank)
     assert splits > 0, f"{splits=}"
     assert PAGE_TOKENS % tiling.keys == 0, f"{tiling.keys=} cuts across pages"
+    assert tiling.parts == 1 or not fp8, "FP8 latents have whole programs"
     out = q.new_empty((rows, heads, rank), dtype=torch.float32)
     sums = out.new_empty((rows, heads, splits, rank))
-    largest = out.new_empty((rows, heads, splits))
+    # Of each part: their scores' sums are in another order, so they are no copies of each other.
+    largest = out.new_empty((rows, heads, tiling.parts, splits))
     totals = torch.empty_like(largest)
     # The FP8 layout is read through three types; for bf16 all three are the cache itself.
     scales, keys = (
         (latents.view(torch.float32), latents.view(torch.bfloat16)) if fp8 else (latents, latents)
     )
-    _attend[(triton.cdiv(heads, tiling.heads), splits, rows)](
+    _attend[(triton.cdiv(heads, tiling.heads) * tiling.parts, splits, rows)](
         q,
         latents,
         scales,
@@ -158,8 +164,9 @@ def decode(
         TOKEN_STRIDE=latents.stride(1),
         RANK=rank,
         ROPE=rope,
-        BLOCK_RANK=_block(rank),
+        BLOCK_RANK=_block(rank) // tiling.parts,
         BLOCK_ROPE=_block(rope),
+        RANK_PARTS=tiling.parts,
         HEADS=tiling.heads,
         KEYS=tiling.keys,
         PARTS=1 if q.dtype == torch.bfloat16 else 3,
@@ -169,7 +176,7 @@ def decode(
         num_warps=tiling.warps,
         num_stages=tiling.stages,
     )
-    columns = min(_block(rank), _JOINED_COLUMNS)
+    columns = min(_block(rank) // tiling.parts, _JOINED_COLUMNS)
     _join[(triton.cdiv(rank, columns), heads, rows)](
         lengths,
         sums,
@@ -178,6 +185,8 @@ def decode(
         out,
         splits,
         RANK=rank,
+        PART_COLUMNS=_block(rank) // tiling.parts,
+        RANK_PARTS=tiling.parts,
         KEYS=tiling.keys,
         BLOCK_SPLITS=triton.next_power_of_2(splits),
         JOINED=_JOINED_SPLITS,
@@ -269,6 +278,7 @@ def _attend(
     ROPE: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_ROPE: tl.constexpr,
+    RANK_PARTS: tl.constexpr,
     HEADS: tl.constexpr,
     KEYS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -278,7 +288,9 @@ def _attend(
 ) -> None:
     """One share of one row's keys for HEADS heads; scale includes log2(e), exponentials are 2^x.
 
-    FP8: a latent has GROUPS scales, one for every WIDTH of its BLOCK_RANK columns.
+    BLOCK_RANK: columns of the result, all of them or, of RANK_PARTS 2, the first or second half;
+    scores take the other half as well. FP8: a latent has GROUPS scales, one for every WIDTH of its
+    columns.
 
     Programs of one share follow each other in the grid, so that its tiles are in L2 for all but one
     of them. Strides are compile-time constants: how far loads may be widened rests on what divides
@@ -294,14 +306,22 @@ def _attend(
     if first >= last:
         return  # _join knows which shares are empty, and does not read them
 
-    heads = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
-    columns = tl.arange(0, BLOCK_RANK)
+    heads = tl.program_id(0) // RANK_PARTS * HEADS + tl.arange(0, HEADS)
+    part = tl.program_id(0) % RANK_PARTS
+    columns = part * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
+    others = (1 - part) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
     rotated = tl.arange(0, BLOCK_ROPE)
     head_exists = heads < num_heads
     q_rows = q + row.to(tl.int64) * q_row_stride + heads.to(tl.int64)[:, None] * q_head_stride
     q_latent = tl.load(
         q_rows + columns[None, :], mask=head_exists[:, None] & (columns < RANK)[None, :], other=0.0
     )
+    if RANK_PARTS == 2:
+        q_other = tl.load(
+            q_rows + others[None, :],
+            mask=head_exists[:, None] & (others < RANK)[None, :],
+            other=0.0,
+        )
     q_rotated = tl.load(
         q_rows + RANK + rotated[None, :],
         mask=head_exists[:, None] & (rotated < ROPE)[None, :],
@@ -337,11 +357,18 @@ def _attend(
             key_base = keys + page * (PAGE_STRIDE // 2)
             key_offsets = place * (TOKEN_STRIDE // 2) + (TOKEN_STRIDE // 2 - ROPE)
         else:
+            tile = latents + page * PAGE_STRIDE + (place * TOKEN_STRIDE)[:, None]
             latent = tl.load(
-                latents + page * PAGE_STRIDE + (place * TOKEN_STRIDE)[:, None] + columns[None, :],
+                tile + columns[None, :],
                 mask=present[:, None] & (columns < RANK)[None, :],
                 other=0.0,
             )
+            if RANK_PARTS == 2:
+                other = tl.load(
+                    tile + others[None, :],
+                    mask=present[:, None] & (others < RANK)[None, :],
+                    other=0.0,
+                )
             key_base = keys + page * PAGE_STRIDE
             key_offsets = place * TOKEN_STRIDE + RANK
         key = tl.load(
@@ -352,6 +379,8 @@ def _attend(
         scores = tl.zeros((HEADS, KEYS), tl.float32)
         scores = add_product(q_rotated, tl.trans(key), scores, PARTS)
         scores = add_product(q_latent, tl.trans(latent), scores, PARTS)
+        if RANK_PARTS == 2:
+            scores = add_product(q_other, tl.trans(other), scores, PARTS)
         scores = tl.where(present[None, :], scores * scale, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, axis=1))
         shrink = tl.exp2(top - higher)
@@ -361,11 +390,12 @@ def _attend(
         top = higher
         page = next_page
 
-    at = (row.to(tl.int64) * num_heads + heads) * num_splits + split
+    line = row.to(tl.int64) * num_heads + heads
+    at = (line * RANK_PARTS + part) * num_splits + split
     tl.store(largest + at, top, mask=head_exists)
     tl.store(totals + at, tl.sum(total, axis=1), mask=head_exists)
     tl.store(
-        sums + at[:, None] * RANK + columns[None, :],
+        sums + (line * num_splits + split)[:, None] * RANK + columns[None, :],
         mixed,
         mask=head_exists[:, None] & (columns < RANK)[None, :],
     )
@@ -380,6 +410,8 @@ def _join(
     out: tl.tensor,
     num_splits: tl.tensor,
     RANK: tl.constexpr,
+    PART_COLUMNS: tl.constexpr,
+    RANK_PARTS: tl.constexpr,
     KEYS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     JOINED: tl.constexpr,
@@ -392,9 +424,11 @@ def _join(
     used = tl.cdiv(tiles, tl.maximum(tl.cdiv(tiles, num_splits), 1))
     line = row.to(tl.int64) * tl.num_programs(1) + head
     first = line * num_splits
+    part = tl.program_id(0) * COLUMNS // PART_COLUMNS
+    scored = (line * RANK_PARTS + part) * num_splits
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     splits = tl.arange(0, BLOCK_SPLITS)
-    tops = tl.load(largest + first + splits, mask=splits < used, other=float("-inf"))
+    tops = tl.load(largest + scored + splits, mask=splits < used, other=float("-inf"))
     top = tl.max(tops, axis=0)
     total = 0.0
     mixed = tl.zeros((COLUMNS,), tl.float32)
@@ -402,8 +436,8 @@ def _join(
         some = begin + tl.arange(0, JOINED)
         there = some < used
         # A share that is not there has the largest score -inf, hence the factor 0.
-        factors = tl.exp2(tl.load(largest + first + some, mask=there, other=float("-inf")) - top)
-        total += tl.sum(factors * tl.load(totals + first + some, mask=there, other=0.0), axis=0)
+        factors = tl.exp2(tl.load(largest + scored + some, mask=there, other=float("-inf")) - top)
+        total += tl.sum(factors * tl.load(totals + scored + some, mask=there, other=0.0), axis=0)
         share = tl.load(
             sums + (first + some)[:, None] * RANK + columns[None, :],
             mask=there[:, None] & (columns < RANK)[None, :],
