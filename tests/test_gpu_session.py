@@ -125,8 +125,9 @@ def test_handoffs_lost_servers_and_the_bus_are_measured(
 
 
 def test_decode_prefill_and_overlap_are_measured(
-    config: K2Config, experts: HostExperts, card: Card
+    config: K2Config, experts: HostExperts, card: Card, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(whole_model, "_BALANCED", 0.0)
     model = whole(config, experts, card, None)
     router = ThreadRouter(experts, card)
     found = table.Table()
@@ -144,13 +145,16 @@ def test_kernels_are_held_to_their_references(
 ) -> None:
     # Interpreted kernels are too slow to be run in a row.
     monkeypatch.setattr(kernels, "seconds_in_a_row", lambda device, run: 1.0)
+    monkeypatch.setattr(kernels, "CHECKED_CONTEXT", 64)
     mix = paged_mix_for(config, card)
     assert mix is not None
     found = table.Table()
     kernels.measure_attention(found, card, config, mix, 1e12, contexts=(128,))
     assert verdicts(found) == {
-        "attention, bf16 latents, 128 tokens: error": True,
-        "attention, fp8 latents, 128 tokens: error": True,
+        "attention, bf16 latents, 1 x 128 tokens: error": True,
+        "attention, bf16 latents, 8 x 64 tokens: error": True,
+        "attention, fp8 latents, 1 x 128 tokens: error": True,
+        "attention, fp8 latents, 8 x 64 tokens: error": True,
     }
     found = table.Table()
     kernels.measure_attention(

@@ -16,6 +16,7 @@ from hybridk2.device import Device
 from hybridk2.experts import panels
 from hybridk2.kv_cache import PAGE_TOKENS, LatentFormat
 from hybridk2.model.attention import PagedMix
+from hybridk2.model.layers import DECODE_ROWS
 from hybridk2.model.loading import fp8_latents
 
 ATTENTION_SHARE = 0.7  # of the measured copy, at 32K
@@ -39,42 +40,50 @@ def copy_bytes_per_second(device: Device, num_bytes: int = 1 << 30) -> float:
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """One row after so many tokens. tables: of disjoint pages, so that the latents of one are in no
-    cache any more when the turn of another has gone round."""
+    """Rows, each after so many tokens. tables: of disjoint pages, so that the latents of one are in
+    no cache any more when the turn of another has gone round."""
 
     q: Tensor
     pages: Tensor
     tables: list[Tensor]
     lengths: Tensor
 
+    def latents(self, latent_format: LatentFormat | None) -> Tensor:
+        """Of the first table: (rows, tokens, dim), as they were stored."""
+        read = self.pages[self.tables[0].long()].flatten(1, 2)
+        return read if latent_format is None else latent_format.decode(read)
+
 
 def attention_inputs(
     config: K2Config,
     device: Device,
+    rows: int,
     context: int,
     latent_format: LatentFormat | None,
     num_tokens: int,
 ) -> AttentionInputs:
-    """num_tokens: of all pages, in random order, divided among as many contexts as they make."""
+    """num_tokens: of all pages, in random order, divided among as many tables as they make."""
     at = device.torch_device
     torch.manual_seed(context)
     shape = (num_tokens // PAGE_TOKENS, PAGE_TOKENS, config.latent_dim)
     latents = torch.randn(shape, dtype=torch.bfloat16, device=at)
-    q = torch.randn(1, config.num_attention_heads, config.latent_dim, device=at) / 8
+    q = torch.randn(rows, config.num_attention_heads, config.latent_dim, device=at) / 8
     order = torch.randperm(shape[0], device=at).int()
     return AttentionInputs(
         q.bfloat16(),
         latents if latent_format is None else latent_format.encode(latents),
-        [table[None] for table in order.split(context // PAGE_TOKENS)],
-        torch.full((1,), context, dtype=torch.int32, device=at),
+        list(order.view(-1, rows, context // PAGE_TOKENS)),
+        torch.full((rows,), context, dtype=torch.int32, device=at),
     )
 
 
 def exact_attention(config: K2Config, q: Tensor, latents: Tensor) -> Tensor:
-    """(1, heads, rank) in fp32 matrices: softmax over all keys at once. latents: (tokens, dim)."""
-    keys = latents.float()
-    weights = (q[0].float() @ keys.T * config.softmax_scale).softmax(-1)
-    return (weights @ keys[:, : config.kv_lora_rank])[None]
+    """(rows, heads, rank) in fp32 matrices: softmax over all keys at once."""
+    mixed = []
+    for queries, keys in zip(q.float(), latents, strict=True):
+        weights = (queries @ keys.float().T * config.softmax_scale).softmax(-1)
+        mixed.append(weights @ keys[:, : config.kv_lora_rank].float())
+    return torch.stack(mixed)
 
 
 def measure_attention(
@@ -85,21 +94,24 @@ def measure_attention(
     copy_speed: float,
     contexts: tuple[int, ...],
 ) -> None:
+    """One row at every context, and as many as a step may have at the one that is checked."""
+    rows_at = [(1, context) for context in contexts] + [(DECODE_ROWS, CHECKED_CONTEXT)]
     for name, latent_format in (("bf16", None), ("fp8", fp8_latents(config))):
-        for context in contexts:
-            given = attention_inputs(config, device, context, latent_format, max(contexts))
+        for rows, context in rows_at:
+            num_tokens = max(*contexts, rows * context)
+            given = attention_inputs(config, device, rows, context, latent_format, num_tokens)
 
             def attend(number: int, given: AttentionInputs = given) -> Tensor:
                 pages_of = given.tables[number % len(given.tables)]
                 return mix(given.q, given.pages, pages_of, given.lengths)
 
-            read = given.pages[given.tables[0][0].long()].flatten(0, 1)
-            plain = read if latent_format is None else latent_format.decode(read)
-            error = float((attend(0) - exact_attention(config, given.q, plain)).abs().max())
-            where = f"attention, {name} latents, {context:,} tokens"
+            wanted = exact_attention(config, given.q, given.latents(latent_format))
+            error = float((attend(0) - wanted).abs().max())
+            where = f"attention, {name} latents, {rows} x {context:,} tokens"
             table.at_most(f"{where}: error", error, "", ATTENTION_ERROR)
-            share = read.nbytes / seconds_in_a_row(device, attend) / copy_speed
-            if name == "bf16" and context == CHECKED_CONTEXT:
+            read_bytes = given.pages.nbytes // len(given.tables)
+            share = read_bytes / seconds_in_a_row(device, attend) / copy_speed
+            if name == "bf16" and (rows, context) == (1, CHECKED_CONTEXT):
                 table.at_least(f"{where}: share of a copy's speed", share, "", ATTENTION_SHARE)
             else:
                 table.figure(f"{where}: share of a copy's speed", share, "")

@@ -10,6 +10,7 @@ T_host: the host's experts of all layers, alone. T_gpu_moe: the card's share of 
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from hybridk2.model.moe import RoutedExperts
 
 DECODE_SLACK = 1.15
 OVERLAP = 0.85
+_BALANCED = 0.2
+_OVERLAP_TURNS = 5
 # Of the largest logit: what one bf16 rounding more or less does in each of 61 layers.
 EQUAL = 0.03
 
@@ -154,31 +157,36 @@ def measure_overlap(
     arithmetic: Callable[..., Tensor],
 ) -> None:
     """(T_gpu + T_host - T) / min(T_gpu, T_host) of the MoE blocks, by how many of a token's picks
-    the host computes. Where one side has next to nothing to do, the handoff hides what overlaps, so
-    the best share is held to the target, and all are shown."""
-    config, best = whole.config, 0.0
+    the host computes. All are shown. Where one side has next to nothing to do, its time drowns in
+    the other's noise: held to the target is the median of those that take the lesser side a fifth
+    of the greater's time or more."""
+    config, device = whole.config, whole.device
     sequence = whole.sequence(1000)
     batch = whole.batch(sequence)
+    nobody, crossing = NobodyRouter(device), whole.aliased(router)
+    balanced = []
     for on_host in (config.num_experts_per_tok, config.num_experts_per_tok // 2, 2, 1):
         picks = PicksByPosition(on_host, packed, arithmetic, config.moe_intermediate_size)
-        nobody = NobodyRouter(whole.device)
-        whole.use(RoutedExperts(nobody, resident=picks))
-        gpu = whole.seconds_of_moe(nobody, batch)
-        host = median_seconds(
-            whole.device, host_step(whole.experts, config, whole.alias, on_host), 10
-        )
-        crossing = whole.aliased(router)
-        whole.use(RoutedExperts(crossing, resident=picks))
-        both = whole.seconds_of_moe(crossing, batch)
+        alone = host_step(whole.experts, config, whole.alias, on_host)
+        times: dict[str, list[float]] = {"gpu": [], "host": [], "both": []}
+        for _ in range(_OVERLAP_TURNS):  # in turns, as the host's speed changes by the second
+            whole.use(RoutedExperts(nobody, resident=picks))
+            times["gpu"].append(whole.seconds_of_moe(nobody, batch, 3))
+            times["host"].append(median_seconds(device, alone, 3))
+            whole.use(RoutedExperts(crossing, resident=picks))
+            times["both"].append(whole.seconds_of_moe(crossing, batch, 3))
+        gpu, host, both = (statistics.median(times[name]) for name in ("gpu", "host", "both"))
         share = (gpu + host - both) / min(gpu, host)
-        best = max(best, share)
+        if min(gpu, host) >= _BALANCED * max(gpu, host):
+            balanced.append(share)
         what = f"overlap, host {on_host} of {config.num_experts_per_tok} picks"
         table.figure(
             f"{what} (card {gpu * 1e3:.2f}, host {host * 1e3:.2f}, both {both * 1e3:.2f} ms)",
             share,
             "",
         )
-    table.at_least("overlap efficiency, the best of these", best, "", OVERLAP)
+    found = statistics.median(balanced) if balanced else float("nan")
+    table.at_least("overlap efficiency where both have work, median", found, "", OVERLAP)
     sequence.close()
 
 

@@ -1,9 +1,10 @@
-"""What does deferring experts by a layer do to the answers?
+"""What do the approximate modes do to the answers?
 
 The exact model answers K2-nano's held-out questions, greedily. Its answers are then decoded once
-more, token by token, with 0, 1, 2, ... of each token's experts deferred, and after every token the
-distribution is compared with the exact one: Kullback-Leibler divergence of it from the exact one in
-nats, and how often the likeliest token is another. Prompts are read exactly, as the engine does.
+more, token by token, in each mode: 0, 1, 2, ... of each token's experts deferred by a layer,
+latents in fp8, matrices in int8. After every token the distribution is compared with the exact one:
+Kullback-Leibler divergence of it from the exact one in nats, and how often the likeliest token is
+another. Prompts are read in the same mode; deferral does not concern them. int8 needs a card.
 
 The last line is JSON.
 """
@@ -20,19 +21,30 @@ from torch import Tensor
 
 from hybridk2.chat.template import render
 from hybridk2.checkpoint import Checkpoint, locate_model
-from hybridk2.device import CpuDevice
+from hybridk2.config import DeviceName
+from hybridk2.device import Device, select_device
 from hybridk2.experts.host import HostExperts
 from hybridk2.experts.loading import load_experts
 from hybridk2.experts.router import ThreadRouter
 from hybridk2.kv_cache import CacheSequence, PagedLatentCache
 from hybridk2.model.k2 import K2Model
 from hybridk2.model.layers import DECODE_ROWS
-from hybridk2.model.loading import load_model
+from hybridk2.model.loading import fp8_latents, load_model, paged_mix_for
 from hybridk2.model.moe import RoutedExperts
 from hybridk2.nano.cases import SUITES, draw_cases
 from hybridk2.tokenizer import Tokenizer
 
 CHUNK_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What is approximate: nothing, unless said so. deferred: experts of each decoded token."""
+
+    name: str
+    deferred: int = 0
+    fp8: bool = False
+    int8: bool = False
 
 
 @dataclass
@@ -49,9 +61,11 @@ class Answer:
 @click.option("--cases", default=24, show_default=True, help="Questions of each kind.")
 @click.option("--max-tokens", default=200, show_default=True, help="Of an answer.")
 @click.option("--seed", default=7, show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @torch.inference_mode()
-def main(cases: int, max_tokens: int, seed: int) -> None:
-    """Compare K2-nano with experts deferred to K2-nano as it is."""
+def main(cases: int, max_tokens: int, seed: int, device: DeviceName) -> None:
+    """Compare K2-nano in every approximate mode to K2-nano as it is."""
+    where = select_device(device)
     folder = locate_model("nano")
     tokenizer = Tokenizer.from_folder(folder)
     drawn = draw_cases(seed, dict.fromkeys(SUITES, cases))
@@ -59,18 +73,20 @@ def main(cases: int, max_tokens: int, seed: int) -> None:
     rows = []
     with Checkpoint.open(folder) as checkpoint, experts_of(checkpoint) as experts:
         ends = set(checkpoint.eos_token_ids)
-        exact = side(checkpoint, experts, 0)
+        exact = side(checkpoint, experts, where, Mode("exact"))
         answers: list[Answer] = []
         for first in range(0, len(prompts), DECODE_ROWS):
             answers += answer(*exact, prompts[first : first + DECODE_ROWS], ends, max_tokens)
         tokens = sum(len(one.logits) for one in answers)
-        print(f"{len(answers)} answers, {tokens} decoded tokens, {where(experts)}")
-        print("deferred   KL mean    KL median  KL 99%     other likeliest token")
-        for deferred in range(checkpoint.config.num_experts_per_tok + 1):
-            divergences, changed = compare(*side(checkpoint, experts, deferred), answers)
+        print(
+            f"{len(answers)} answers, {tokens} decoded tokens, "
+            f"{experts.isa}, {experts.threads} threads, {where.name}"
+        )
+        print("mode                KL mean    KL median  KL 99%     other likeliest token")
+        for mode in modes(checkpoint.config.num_experts_per_tok, where):
+            divergences, changed = compare(*side(checkpoint, experts, where, mode), answers)
             row = {
-                "deferred": deferred,
-                "of": checkpoint.config.num_experts_per_tok,
+                "mode": mode.name,
                 "kl_mean": divergences.mean().item(),
                 "kl_median": divergences.median().item(),
                 "kl_99": divergences.quantile(0.99).item(),
@@ -78,13 +94,21 @@ def main(cases: int, max_tokens: int, seed: int) -> None:
             }
             rows.append(row)
             print(
-                f"{deferred} of {row['of']}     {row['kl_mean']:.2e}   {row['kl_median']:.2e}   "
+                f"{mode.name:18}  {row['kl_mean']:.2e}   {row['kl_median']:.2e}   "
                 f"{row['kl_99']:.2e}   {row['other_likeliest']:.3%}",
                 flush=True,
             )
-    print(
-        json.dumps({"bench": "deferral", "answers": len(answers), "tokens": tokens, "rows": rows})
-    )
+    about = {"bench": "approximations", "device": where.name, "answers": len(answers)}
+    print(json.dumps(about | {"tokens": tokens, "rows": rows}))
+
+
+def modes(top_k: int, device: Device) -> list[Mode]:
+    """None of them first: what is seen there is noise."""
+    found = [Mode(f"{deferred} of {top_k} deferred", deferred) for deferred in range(top_k + 1)]
+    found.append(Mode("latents in fp8", fp8=True))
+    if device.has_kernels:
+        found.append(Mode("matrices in int8", int8=True))
+    return found
 
 
 def experts_of(checkpoint: Checkpoint) -> HostExperts:
@@ -100,12 +124,21 @@ def experts_of(checkpoint: Checkpoint) -> HostExperts:
 
 
 def side(
-    checkpoint: Checkpoint, experts: HostExperts, deferred: int
+    checkpoint: Checkpoint, experts: HostExperts, device: Device, mode: Mode
 ) -> tuple[K2Model, PagedLatentCache]:
-    device = CpuDevice()
-    routed = RoutedExperts(ThreadRouter(experts, device), deferred=deferred)
-    model = load_model(checkpoint, experts, device, torch.bfloat16, routed=routed)
-    cache = PagedLatentCache(checkpoint.config, 1 << 15, CHUNK_TOKENS, device, torch.bfloat16)
+    config = checkpoint.config
+    routed = RoutedExperts(ThreadRouter(experts, device), deferred=mode.deferred)
+    model = load_model(
+        checkpoint,
+        experts,
+        device,
+        torch.bfloat16,
+        routed=routed,
+        paged_mix=paged_mix_for(config, device),
+        int8=mode.int8,
+    )
+    latents = fp8_latents(config) if mode.fp8 else None
+    cache = PagedLatentCache(config, 1 << 15, CHUNK_TOKENS, device, torch.bfloat16, latents)
     return model, cache
 
 
@@ -119,7 +152,7 @@ def read(
         sequence.reserve(len(ids))
         positions = torch.arange(first, first + len(ids))
         hidden = model.forward(torch.tensor(ids), positions, sequence)
-    return sequence, model.logits(hidden[-1:])[0]
+    return sequence, model.logits(hidden[-1:])[0].cpu()
 
 
 def decode(model: K2Model, sequences: Sequence[CacheSequence], tokens: Sequence[int]) -> Tensor:
@@ -181,10 +214,6 @@ def compare(
         for sequence in sequences:
             sequence.close()
     return torch.cat(divergences), changed
-
-
-def where(experts: HostExperts) -> str:
-    return f"{experts.isa}, {experts.threads} threads"
 
 
 if __name__ == "__main__":
