@@ -11,7 +11,7 @@ constexpr int kStepsPerLine = 8;
 constexpr int kColumnsPerElement = 1;
 constexpr int kRegisterTokens = 8;
 constexpr bool kDecodesBetween = true;
-constexpr int kStreamTokens = 1;
+constexpr int kStreamTokens = 4;
 constexpr int kSideBySideSums = 8;
 
 using Sum = __m512;
