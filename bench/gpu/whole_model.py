@@ -34,7 +34,7 @@ from hybridk2.model.moe import RoutedExperts
 DECODE_SLACK = 1.15
 OVERLAP = 0.85
 _BALANCED = 0.2
-_OVERLAP_TURNS = 5
+_OVERLAP_TURNS = 3
 # Of the largest logit: what one bf16 rounding more or less does in each of 61 layers.
 EQUAL = 0.03
 
