@@ -15,7 +15,14 @@ from click.testing import CliRunner, Result
 from hybridk2 import measurement
 from hybridk2.cli import main
 from hybridk2.errors import CheckpointError
-from hybridk2.hardware import inspect_system, load_profile, profile_path, save_profile
+from hybridk2.hardware import (
+    gpu_named,
+    inspect_system,
+    load_profile,
+    profile_path,
+    save_profile,
+)
+from hybridk2.measurement import CardFigures
 from hybridk2.synthesis import synthesize, synthetic_config
 from tests.described_machine import WORKSTATION
 
@@ -68,6 +75,46 @@ def test_the_report_names_what_is_wrong_and_what_mends_it(
     assert "echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled" in result.output
     assert "sudo cpupower frequency-set -g performance" in result.output
     assert "GPU: none found" in result.output
+    assert load_profile(profile_path(tmp_path)) == MEASURED
+
+
+@pytest.fixture
+def with_a_card(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that says it has a card."""
+    facts = replace(inspect_system(), nvidia_gpus=1)
+    monkeypatch.setattr("hybridk2.hardware.inspect_system", lambda: facts)
+
+
+def test_a_card_is_measured_and_planned_with(
+    with_a_card: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = CardFigures(
+        replace(gpu_named("H100"), handoff_seconds=16e-6, measured=True),
+        {"mailbox": 16e-6, "host-functions": 70e-6},
+    )
+    monkeypatch.setattr(measurement, "measure_card", lambda show: card)
+    result = run(tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "GPU: H100" in result.output
+    assert "back, mailbox" in result.output
+    assert "16 us" in result.output
+    found = load_profile(profile_path(tmp_path))
+    assert found is not None
+    assert found.gpu == card.profile
+    report = json.loads(run(tmp_path, "--json").stdout)
+    assert report["handoff_seconds"] == card.handoff_seconds
+    options = ("--ram", "768", "--dense", "int8", "--config-home", str(tmp_path))
+    plan = CliRunner().invoke(main, ["plan", "kimi-k2-thinking", *options])
+    assert "and H100" in plan.output, plan.output
+    assert "has not been measured" not in plan.output
+
+
+def test_a_card_that_cannot_be_used_is_said_and_the_host_saved(
+    with_a_card: None, tmp_path: Path
+) -> None:
+    result = run(tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "GPU: 1 found, none measured: device cuda: " in result.output
     assert load_profile(profile_path(tmp_path)) == MEASURED
 
 

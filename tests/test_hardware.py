@@ -25,7 +25,13 @@ from tests.described_machine import WORKSTATION
 MEASURED = replace(WORKSTATION, measured=True)
 
 
-@pytest.mark.parametrize("profile", [MEASURED, replace(MEASURED, gpu=gpu_named("RTX 5090"))])
+@pytest.mark.parametrize(
+    "profile",
+    [
+        MEASURED,
+        replace(MEASURED, gpu=replace(gpu_named("H100"), handoff_seconds=16e-6, measured=True)),
+    ],
+)
 def test_a_profile_comes_back_as_it_was_saved(profile: MachineProfile, tmp_path: Path) -> None:
     path = profile_path(tmp_path)
     assert load_profile(path) is None

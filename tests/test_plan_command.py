@@ -48,7 +48,7 @@ def test_json_is_the_plan_and_nothing_else() -> None:
 def test_a_card_s_speeds_are_said_to_be_planned_only() -> None:
     result = run(*DESCRIBED, "--ram", "768", "--gpu", "RTX 5090", "--dense", "int8")
     assert result.exit_code == 0, result.output
-    assert "No card has been measured yet" in result.output
+    assert "This card has not been measured" in result.output
     assert "round what the model computes" in result.output
 
 

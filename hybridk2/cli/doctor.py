@@ -8,7 +8,8 @@ Exit status: 0 measured and saved, also where something is wrong; 1 refused.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,8 @@ from hybridk2.cli.options import config_home_option
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hybridk2.hardware import Finding, MachineProfile
+    from hybridk2.hardware import Finding, MachineProfile, SystemFacts
+    from hybridk2.measurement import CardFigures
 
 _EPILOG = """\b
 Examples:
@@ -38,7 +40,7 @@ def doctor(model: str | None, as_json: bool, config_home: Path) -> None:
 
     Takes about half a minute and 4 GB of memory; other programs that run meanwhile are measured
     with it. With MODEL, a checkpoint folder, the speed of its disk as well. The figures are written
-    to the machine's profile, for hybridk2 plan.
+    to the machine's profile, for hybridk2 plan. An NVIDIA card is measured too: 3 GB of it.
     """
     from rich.console import Console
 
@@ -61,7 +63,11 @@ def doctor(model: str | None, as_json: bool, config_home: Path) -> None:
         spinner.update("NUMA nodes")
         nodes = measurement.node_read_roofs(system.nodes)
         profile = measurement.measure_machine(system, show)
-    found = findings(system, usable_cores())
+        card, obstacle = _card(system, show)
+    if card is not None:
+        profile = replace(profile, gpu=card.profile)
+    name = None if card is None else card.profile.name
+    found = findings(system, usable_cores(), name, obstacle)
     path = profile_path(config_home)
     output = Console(quiet=as_json, highlight=False, markup=False)
     if as_json:
@@ -71,13 +77,48 @@ def doctor(model: str | None, as_json: bool, config_home: Path) -> None:
             "arithmetic_roofs": roofs,
             "node_read_roofs": nodes,
             "disk_bytes_per_second": disk,
+            "handoff_seconds": None if card is None else card.handoff_seconds,
             "findings": [asdict(finding) for finding in found],
         }
         click.echo(json.dumps(report, indent=2, allow_nan=False))
     _print_speeds(output, profile, roofs, nodes, disk)
+    if card is not None:
+        _print_card(output, card)
     _print_findings(output, found)
     save_profile(path, profile)  # last: what was measured is shown even if the disk refuses it
     output.print(f"Written to {path}; hybridk2 plan reads it.")
+
+
+def _card(
+    system: SystemFacts, show: Callable[[str, int, int], None]
+) -> tuple[CardFigures | None, str]:
+    """What a card here does, or why that is not known; neither where there is none."""
+    from hybridk2 import measurement
+    from hybridk2.errors import HybridK2Error
+
+    if not system.nvidia_gpus:
+        return None, ""
+    try:
+        return measurement.measure_card(show), ""
+    except HybridK2Error as error:
+        return None, str(error)
+
+
+def _print_card(output: Console, card: CardFigures) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{card.profile.name}, {card.profile.memory_bytes / 1e9:.1f} GB")
+    table.add_column("the card")
+    table.add_column("", justify="right")
+    for what, speed in (
+        ("a copy within it, read and written", card.profile.bytes_per_second),
+        ("copies to it from pinned memory", card.profile.bus_bytes_per_second),
+    ):
+        table.add_row(what, f"{speed / 1e9:.1f} GB/s")
+    table.add_row("bf16 products", f"{card.profile.flops / 1e12:.0f} TFLOP/s")
+    for mechanism, seconds in card.handoff_seconds.items():
+        table.add_row(f"a layer's way to the host and back, {mechanism}", f"{seconds * 1e6:.0f} us")
+    output.print(table)
 
 
 def _print_speeds(

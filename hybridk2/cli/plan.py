@@ -90,14 +90,12 @@ def plan(
 
     MODEL is a checkpoint folder, whose shards need not be there yet, a cached Hugging Face id,
     nano, or kimi-k2-thinking, which needs no file. Without --cpu-gbps the speeds are those that
-    `hybridk2 doctor` measured on this machine. What a GPU would do rests on its data sheet:
-    none has been measured yet.
+    `hybridk2 doctor` measured on this machine and its card. What another GPU would do rests on its
+    data sheet.
     """
     if cpu_tflops is not None and cpu_gbps is None:
         raise click.UsageError("--cpu-tflops describes another machine: it needs --cpu-gbps.")
     card = _card(gpu, gpu_memory)
-    if card is None and (kv_dtype, dense) != ("bf16", "bf16"):
-        raise click.UsageError("--kv-dtype and --dense are about a card: they need --gpu.")
 
     from rich.console import Console
 
@@ -110,6 +108,8 @@ def plan(
         raise click.UsageError(f"--context: the model was trained for {longest} tokens at most.")
     context = context or min(_DEFAULT_CONTEXT_TOKENS, longest)
     machine = _machine(config_home, cpu_gbps, cpu_tflops, ram, card)
+    if machine.gpu is None and (kv_dtype, dense) != ("bf16", "bf16"):
+        raise click.UsageError("--kv-dtype and --dense are about a card: they need --gpu.")
     made = make_plan(sizes, machine, Choices(context, kv_dtype, dense))
     if as_json:
         click.echo(json.dumps({"model": model, **made.as_dict()}, indent=2, allow_nan=False))
@@ -244,11 +244,12 @@ def _print_times(output: Console, made: Plan) -> None:
 def _print_remarks(output: Console, made: Plan) -> None:
     gpu = made.machine.gpu
     if gpu is not None:
-        figures = "measured figures" if gpu.measured else "its data sheet and assumptions"
-        output.print(
-            f"No card has been measured yet: what this one would do is planned from {figures}.",
-            style="dim",
-        )
+        if not gpu.measured:
+            output.print(
+                "This card has not been measured: what it would do is planned from its data sheet "
+                "and assumptions.",
+                style="dim",
+            )
         if (made.choices.kv_dtype, made.choices.dense) != ("bf16", "bf16"):
             output.print("fp8 caches and int8 weights round what the model computes.", style="dim")
     if not made.machine.measured:

@@ -23,8 +23,10 @@ _PCIE_5 = 50e9
 class GpuProfile:
     """A graphics card. measured: whether the figures come from it or from a data sheet.
 
-    memory_bytes: what its driver reports. flops: bf16 with fp32 sums, dense. bus_bytes_per_second:
-    of copies from pinned host memory.
+    memory_bytes: what its driver reports. bytes_per_second: of its memory; where it was measured,
+    of a copy, read and written. flops: bf16 with fp32 sums, dense. bus_bytes_per_second: of copies
+    from pinned host memory. handoff_seconds: a layer's tokens to the host and its sum back; an
+    assumption unless measured.
     """
 
     name: str
@@ -32,6 +34,7 @@ class GpuProfile:
     bytes_per_second: float
     flops: float
     bus_bytes_per_second: float
+    handoff_seconds: float = 45e-6
     measured: bool = False
 
 

@@ -87,8 +87,11 @@ def inspect_system(root: Path = Path("/")) -> SystemFacts:
     )
 
 
-def findings(facts: SystemFacts, usable_cores: int) -> list[Finding]:
-    """What matters to the engine. usable_cores: physical ones that this process may run on."""
+def findings(
+    facts: SystemFacts, usable_cores: int, card: str | None = None, obstacle: str = ""
+) -> list[Finding]:
+    """What matters to the engine. usable_cores: physical ones that this process may run on. card:
+    the one that was measured; obstacle: why none could be."""
     return [
         _cores(facts, usable_cores),
         _governor(facts),
@@ -97,7 +100,7 @@ def findings(facts: SystemFacts, usable_cores: int) -> list[Finding]:
         _numa(facts),
         _memory(facts),
         _memlock(facts),
-        _graphics(facts),
+        _graphics(facts, card, obstacle),
     ]
 
 
@@ -192,14 +195,13 @@ def _memlock(facts: SystemFacts) -> Finding:
     )
 
 
-def _graphics(facts: SystemFacts) -> Finding:
+def _graphics(facts: SystemFacts, card: str | None, obstacle: str) -> Finding:
     if not facts.nvidia_gpus:
         return Finding("GPU", "ok", "none found: nothing of a bus or a handoff to measure")
-    return Finding(
-        "GPU",
-        "note",
-        f"{facts.nvidia_gpus} found; this command measures none of it yet",
-    )
+    if card is None:
+        return Finding("GPU", "wrong", f"{facts.nvidia_gpus} found, none measured: {obstacle}")
+    others = f" of {facts.nvidia_gpus}, the only one that is used" if facts.nvidia_gpus > 1 else ""
+    return Finding("GPU", "ok", f"{card}{others}")
 
 
 def _text(path: Path) -> str:
