@@ -45,10 +45,11 @@ PackedMatrix matrix(const std::pair<uintptr_t, uintptr_t>& addresses) {
 
 ExpertsHolder create(int64_t num_layers, int64_t num_experts, int64_t hidden, int64_t intermediate,
                      const std::string& isa, int threads, bool huge_pages, int simulated,
-                     const std::vector<bool>& elsewhere) {
+                     const std::vector<bool>& elsewhere, bool spins_when_idle) {
   const ExpertsShape shape{num_layers, num_experts, hidden, intermediate};
   const std::vector<Node> nodes = simulated > 0 ? simulated_nodes(simulated) : usable_nodes();
-  return ExpertsHolder(new Experts(shape, isa, threads, huge_pages, nodes, elsewhere));
+  return ExpertsHolder(
+      new Experts(shape, isa, threads, huge_pages, nodes, elsewhere, spins_when_idle));
 }
 
 void load(Experts& experts, int64_t layer, int64_t expert,
@@ -109,7 +110,7 @@ PYBIND11_MODULE(_native, module) {
   py::class_<Experts, ExpertsHolder>(module, "Experts")
       .def(py::init(&create), py::arg("num_layers"), py::arg("num_experts"), py::arg("hidden"),
            py::arg("intermediate"), py::arg("isa"), py::arg("threads"), py::arg("huge_pages"),
-           py::arg("simulated_nodes"), py::arg("elsewhere"))
+           py::arg("simulated_nodes"), py::arg("elsewhere"), py::arg("spins_when_idle"))
       .def_property_readonly("isa", &Experts::isa)
       .def_property_readonly("threads", &Experts::threads)
       .def_property_readonly("threads_of_node", &Experts::threads_of_node)

@@ -12,6 +12,11 @@
 
 namespace hybridk2 {
 
+// What a thread that spins does with its CPU now and then: gives it to whoever is ready to run
+// there, or keeps it. A thread that yields may be away for as long as the scheduler lets the other
+// one run: until the kernel's next tick, 4 ms, where that one spins (Linux 6.18).
+enum class Spinning { kYields, kKeepsCpu };
+
 // One side changes an atomic and rings; the other waits until its condition on that atomic holds.
 //
 // No wake-up is lost: the ringer stores its atomic, then loads parked_; the waiter adds to parked_,
@@ -22,8 +27,9 @@ namespace hybridk2 {
 class Doorbell {
  public:
   template <typename Condition>
-  void wait(const Condition& condition, std::chrono::microseconds spin) {
-    if (spin_for(condition, spin)) return;
+  void wait(const Condition& condition, std::chrono::microseconds spin,
+            Spinning spinning = Spinning::kYields) {
+    if (spin_for(condition, spin, spinning)) return;
     std::unique_lock<std::mutex> lock(mutex_);
     parked_.fetch_add(1);
     bell_.wait(lock, condition);
@@ -35,7 +41,8 @@ class Doorbell {
   bool wait_for(const Condition& condition, std::chrono::microseconds spin,
                 std::chrono::nanoseconds timeout) {
     const auto deadline = std::chrono::steady_clock::now() + timeout;
-    if (spin_for(condition, std::min<std::chrono::nanoseconds>(spin, timeout))) return true;
+    const auto first = std::min<std::chrono::nanoseconds>(spin, timeout);
+    if (spin_for(condition, first, Spinning::kYields)) return true;
     std::unique_lock<std::mutex> lock(mutex_);
     parked_.fetch_add(1);
     bool holds = condition();
@@ -61,7 +68,8 @@ class Doorbell {
   static constexpr int kPollsPerClockRead = 32;
 
   template <typename Condition>
-  static bool spin_for(const Condition& condition, std::chrono::nanoseconds spin) {
+  static bool spin_for(const Condition& condition, std::chrono::nanoseconds spin,
+                       Spinning spinning) {
     if (condition()) return true;
     if (spin.count() <= 0) return false;
     const auto deadline = std::chrono::steady_clock::now() + spin;
@@ -70,8 +78,7 @@ class Doorbell {
         if (condition()) return true;
         _mm_pause();
       }
-      // What this thread waits for may need its CPU: a caller, when workers have all of them.
-      std::this_thread::yield();
+      if (spinning == Spinning::kYields) std::this_thread::yield();
     } while (std::chrono::steady_clock::now() < deadline);
     return false;
   }

@@ -45,15 +45,16 @@ class Shares {
 }  // namespace
 
 Experts::Experts(const ExpertsShape& shape, const std::string& isa, int threads, bool huge_pages,
-                 const std::vector<Node>& nodes, const std::vector<bool>& elsewhere) try
+                 const std::vector<Node>& nodes, const std::vector<bool>& elsewhere,
+                 bool spins_when_idle) try
     : kernels_(select_kernels(isa)),
       plan_(plan_threads(nodes, checked_threads(threads, nodes))),
       process_(getpid()),
       weights_(shape, plan_, huge_pages, elsewhere),
       load_states_(new std::atomic<uint8_t>[shape.num_layers * shape.num_experts]()),
-      pool_(plan_),
+      pool_(plan_, spins_when_idle),
       runner_(weights_, kernels_, pool_, plan_, huge_pages),
-      queue_([this] { pool_.adopt_this_thread(); }, pool_.spin(), pool_.waiter_spin()) {
+      queue_([this] { pool_.adopt_this_thread(); }, pool_.idle_spin(), pool_.waiter_spin()) {
   try_gigabyte_pages();
 } catch (const std::system_error& error) {
   throw ConfigurationError(std::string("the system refused to start the threads: ") + error.what() +

@@ -24,10 +24,11 @@ class Experts {
  public:
   // isa: "" for HYBRIDK2_ISA or the fastest. threads: 0 for one per usable core. nodes: each holds
   // and computes a slice of every expert. elsewhere: for each expert of each layer, whether another
-  // place keeps and computes it; empty: none is. Throws std::invalid_argument, ConfigurationError,
-  // OutOfMemoryError.
+  // place keeps and computes it; empty: none is. spins_when_idle: see ThreadPool. Throws
+  // std::invalid_argument, ConfigurationError, OutOfMemoryError.
   Experts(const ExpertsShape& shape, const std::string& isa, int threads, bool huge_pages,
-          const std::vector<Node>& nodes = usable_nodes(), const std::vector<bool>& elsewhere = {});
+          const std::vector<Node>& nodes = usable_nodes(), const std::vector<bool>& elsewhere = {},
+          bool spins_when_idle = true);
 
   const ExpertsShape& shape() const { return weights_.shape(); }
   const char* isa() const { return kernels_.isa; }

@@ -22,10 +22,11 @@ bool pin_this_thread(const std::vector<int>& cpus) {
 
 }  // namespace
 
-ThreadPool::ThreadPool(const ThreadPlan& plan)
+ThreadPool::ThreadPool(const ThreadPlan& plan, bool spins_when_idle)
     : places_(plan.workers),
       threads_of_node_(plan.threads_of_node),
-      spin_(plan.a_cpu_each ? kSpin : kSpin.zero()),
+      idle_spin_(plan.a_cpu_each && spins_when_idle ? kSpin : kSpin.zero()),
+      barrier_spin_(plan.a_cpu_each ? kSpin : kSpin.zero()),
       waiter_spin_(plan.cpus_to_spare ? kSpin : kSpin.zero()),
       arrived_(plan.nodes.size()) {
   try {
@@ -78,7 +79,7 @@ void ThreadPool::follow(int worker) {
   pin(worker);
   uint64_t seen = 0;
   for (;;) {
-    region_bell_.wait([&] { return region_number_.load() != seen || stop_.load(); }, spin_);
+    region_bell_.wait([&] { return region_number_.load() != seen || stop_.load(); }, idle_spin_);
     if (stop_.load()) return;
     seen = region_number_.load();
     run_phases(worker, num_phases_, *body_);
@@ -119,7 +120,9 @@ void ThreadPool::cross_barrier(int worker) {
       return;
     }
   }
-  barrier_bell_.wait([&] { return barrier_number_.load() != number; }, spin_);
+  // The others compute on CPUs of their own; nobody here waits for this one.
+  barrier_bell_.wait([&] { return barrier_number_.load() != number; }, barrier_spin_,
+                     Spinning::kKeepsCpu);
 }
 
 }  // namespace hybridk2

@@ -15,10 +15,10 @@
 
 namespace hybridk2 {
 
-// How long a worker spins for the next region before it sleeps, yielding its CPU to whoever needs
-// it. Between two layers lie some tens of microseconds, and 70 to 100 when a caller in Python
-// submits one after the other (2-core Zen 5, 2026-11); a sleeping thread costs about 30 more to
-// wake.
+// How long a worker spins before it sleeps. For the next region, yielding its CPU to whoever needs
+// it, a caller perhaps: between two layers lie some tens of microseconds, and 70 to 100 when a
+// caller in Python submits one after the other (2-core Zen 5, 2026-11); a sleeping thread costs
+// about 30 more to wake. At a barrier without yielding.
 constexpr std::chrono::microseconds kSpin{200};
 
 // Data that different cores write lies this far apart: two lines, as processors fetch them in
@@ -28,9 +28,10 @@ constexpr size_t kCacheLineBytes = 128;
 class ThreadPool {
  public:
   // The caller of run() is the plan's first worker; the others are started. Each is pinned to the
-  // CPUs that the plan gives it; they spin only when each has one of its own. Throws
-  // std::system_error when there cannot be so many.
-  explicit ThreadPool(const ThreadPlan& plan);
+  // CPUs that the plan gives it; they spin only when each has one of its own. spins_when_idle:
+  // also for the next region; not where others compute on these CPUs between two, whose threads
+  // spin as well. Throws std::system_error when there cannot be so many.
+  explicit ThreadPool(const ThreadPlan& plan, bool spins_when_idle = true);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
@@ -41,7 +42,8 @@ class ThreadPool {
   int node_of(int worker) const { return places_[worker].node; }
   // Workers that the system refused to pin; complete after a first region.
   int unpinned() const { return unpinned_.load(); }
-  std::chrono::microseconds spin() const { return spin_; }
+  // How long a thread spins for the next region.
+  std::chrono::microseconds idle_spin() const { return idle_spin_; }
   // For a thread that waits for the pool: it spins only when a CPU is left beside the workers'.
   std::chrono::microseconds waiter_spin() const { return waiter_spin_; }
   // Makes the calling thread worker 0: pins it. To be called once, by the thread that calls run().
@@ -62,7 +64,8 @@ class ThreadPool {
 
   std::vector<WorkerPlace> places_;  // of each worker
   std::vector<int> threads_of_node_;
-  std::chrono::microseconds spin_;
+  std::chrono::microseconds idle_spin_;
+  std::chrono::microseconds barrier_spin_;
   std::chrono::microseconds waiter_spin_;
   std::vector<std::thread> followers_;
 

@@ -29,6 +29,7 @@ class Experts:
         huge_pages: bool,
         simulated_nodes: int,
         elsewhere: list[bool],
+        spins_when_idle: bool,
     ) -> None: ...
     @property
     def isa(self) -> str: ...

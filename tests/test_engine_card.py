@@ -5,6 +5,7 @@ The card here is the host with memory that is counted: everything but the driver
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,14 @@ def test_without_a_placement_all_experts_live_on_a_card_that_is_large_enough(
     assert assistant._engine.stats().host_expert_share == 0.0
     assert assistant._engine.experts.weight_bytes == 0
     assert not pinning.ranges
+
+
+def test_workers_that_nobody_shares_their_cores_with_look_out_for_the_next_layer(
+    load: Load, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "hybridk2.experts.host"):
+        load()
+    assert "2 threads, " in caplog.text
 
 
 def test_the_hosts_experts_are_pinned_as_long_as_the_engine_is_open(

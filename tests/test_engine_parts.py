@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,15 @@ def test_deferral_is_said_loudly_and_its_absence_not_at_all(
         warnings = [record.getMessage() for record in caplog.records if record.levelno > 20]
         said = [text for text in warnings if "one layer late (--defer-experts 1)" in text]
         assert len(said) == deferred
+
+
+def test_workers_that_share_their_cores_with_torch_sleep_between_calls(
+    small_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "hybridk2.experts.host"):
+        choices = EngineConfig(model=str(small_checkpoint), context_tokens=512, threads=2)
+        Engine.load(choices).close()
+    assert "2 threads that sleep between calls" in caplog.text
 
 
 def test_deferral_changes_what_is_decoded_and_not_how_a_prompt_is_read(

@@ -74,7 +74,7 @@ def load_onto_card(
     with ExitStack() as resources:
         on_card = layout.resident if layout.resident.any() else None
         elsewhere = None if choices.keep_host_copy else on_card
-        experts = host_experts(checkpoint, choices, elsewhere)
+        experts = host_experts(checkpoint, choices, elsewhere, spins_when_idle=True)
         resources.callback(experts.close)
         resident = None if on_card is None else _resident(experts, on_card, device)
         load_experts(

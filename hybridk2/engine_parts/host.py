@@ -44,7 +44,8 @@ def load_onto_host(
         cache_bytes=LatentFormat.plain(config, dtype).bytes_for(config, cache_tokens),
     )
     with ExitStack() as resources:
-        experts = host_experts(checkpoint, choices)
+        # Between two calls torch's threads compute on the workers' cores, and spin there.
+        experts = host_experts(checkpoint, choices, spins_when_idle=False)
         resources.callback(experts.close)
         load_experts(checkpoint, experts, on_progress)
         routed = RoutedExperts(ThreadRouter(experts, device), deferred=choices.defer_experts)

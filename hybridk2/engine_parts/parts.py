@@ -51,9 +51,13 @@ def available_bytes(checkpoint: Checkpoint, choices: EngineConfig) -> int:
 
 
 def host_experts(
-    checkpoint: Checkpoint, choices: EngineConfig, elsewhere: Mask | None = None
+    checkpoint: Checkpoint,
+    choices: EngineConfig,
+    elsewhere: Mask | None = None,
+    *,
+    spins_when_idle: bool,
 ) -> HostExperts:
-    """The host's experts with their threads, not loaded yet. elsewhere: see HostExperts."""
+    """The host's experts with their threads, not loaded yet. For the rest see HostExperts."""
     config = checkpoint.config
     threads = choices.threads or usable_cores()
     torch.set_num_threads(dense_threads(checkpoint, threads))
@@ -66,6 +70,7 @@ def host_experts(
         threads=threads,
         huge_pages=choices.huge_pages,
         elsewhere=elsewhere,
+        spins_when_idle=spins_when_idle,
     )
 
 

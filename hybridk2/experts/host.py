@@ -125,6 +125,7 @@ class HostExperts:
         huge_pages: bool = True,
         simulated_nodes: int | None = None,
         elsewhere: Mask | None = None,
+        spins_when_idle: bool = True,
     ) -> None:
         """Reserve the memory and start the threads.
 
@@ -135,7 +136,9 @@ class HostExperts:
         pages as far as there are any reserved. simulated_nodes: for tests, so many NUMA nodes
         whatever this machine has; with fewer threads than nodes, here as on real ones, there is one
         node and a warning. elsewhere: (layers, experts), True where another place keeps and
-        computes the expert, which then takes no memory here and cannot be loaded.
+        computes the expert, which then takes no memory here and cannot be loaded. spins_when_idle:
+        threads look out for the next call for 0.2 ms before they sleep; say False where others
+        compute on the same cores between calls, as torch does on a host without a card.
 
         Raises ConfigError for an instruction set or a shape that cannot be run and for more threads
         than the system lets us have, OutOfMemoryError with the bytes that were asked for.
@@ -161,6 +164,7 @@ class HostExperts:
                 huge_pages,
                 simulated_nodes or 0,
                 [] if elsewhere is None else elsewhere.ravel().tolist(),
+                spins_when_idle,
             )
         self.isa: str = self._native.isa
         self.threads: int = self._native.threads
@@ -169,19 +173,20 @@ class HostExperts:
         self.expert_bytes: int = self._native.expert_bytes
         self.huge_pages: bool = self._native.huge_pages
         self.gigabyte_pages: int = self._native.gigabyte_pages
-        logger.info("host experts: %s", self._description())
+        logger.info("host experts: %s", self._description(spins_when_idle))
         for trouble in self._native.troubles:
             logger.warning("host experts: %s", trouble)
 
-    def _description(self) -> str:
+    def _description(self, spins_when_idle: bool) -> str:
         nodes = len(self.threads_of_node)
         on_nodes = f" on {nodes} NUMA nodes ({' + '.join(map(str, self.threads_of_node))})"
         pages = "2 MB pages" if self.huge_pages else "4 KB pages"
         if self.gigabyte_pages:
             pages = f"{self.gigabyte_pages} pages of 1 GB and {pages}"
+        between_calls = "" if spins_when_idle else " that sleep between calls"
         return (
-            f"{self.isa} kernels, {self.threads} threads{on_nodes if nodes > 1 else ''}, "
-            f"{self.weight_bytes / 1e9:.1f} GB of weights in {pages}"
+            f"{self.isa} kernels, {self.threads} threads{on_nodes if nodes > 1 else ''}"
+            f"{between_calls}, {self.weight_bytes / 1e9:.1f} GB of weights in {pages}"
         )
 
     def load_expert(

@@ -221,7 +221,11 @@ class _Layers:
         self._block = torch.randn(_BLOCK_VALUES, generator=self._generator).bfloat16() * 0.02
         device = CpuDevice()
         self.experts = HostExperts(
-            1, config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+            1,
+            config.n_routed_experts,
+            config.hidden_size,
+            config.moe_intermediate_size,
+            spins_when_idle=False,  # as in an engine that computes on the host
         )
         self._load_experts()
         layout = Layout(config)

@@ -16,8 +16,8 @@ using namespace hybridk2;
 
 namespace {
 
-void test_phases_see_all_of_the_phase_before(const ThreadPlan& plan) {
-  ThreadPool pool(plan);
+void test_phases_see_all_of_the_phase_before(const ThreadPlan& plan, bool spins_when_idle) {
+  ThreadPool pool(plan, spins_when_idle);
   const int threads = pool.threads();
   std::vector<int> plain(threads, 0);  // not atomic on purpose: the barrier orders it
   for (int region = 0; region < 300; ++region) {
@@ -57,14 +57,23 @@ void test_an_exception_ends_the_region_and_only_it(const ThreadPlan& plan) {
   }
 }
 
-void test_a_sleeping_pool_wakes(const ThreadPlan& plan) {
-  ThreadPool pool(plan);
+void test_a_sleeping_pool_wakes(const ThreadPlan& plan, bool spins_when_idle) {
+  ThreadPool pool(plan, spins_when_idle);
   const int threads = pool.threads();
   for (int round = 0; round < 40; ++round) {
     std::this_thread::sleep_for(kSpin * (round % 4));  // before, around and after workers sleep
     std::atomic<int> calls{0};
     pool.run(2, [&](int, int) { ++calls; }, false);
     CHECK(calls == 2 * threads);
+  }
+}
+
+void test_only_threads_with_a_cpu_each_spin_and_only_where_they_may() {
+  ThreadPlan plan = plan_threads(simulated_nodes(1), 1);
+  for (const bool a_cpu_each : {false, true}) {
+    plan.a_cpu_each = a_cpu_each;
+    CHECK(ThreadPool(plan, true).idle_spin() == (a_cpu_each ? kSpin : kSpin.zero()));
+    CHECK(ThreadPool(plan, false).idle_spin() == kSpin.zero());
   }
 }
 
@@ -132,10 +141,13 @@ void test_many_submit_and_wait_at_once() {
 int main() {
   for (const auto& [threads, nodes] : {std::pair{1, 1}, {2, 1}, {3, 1}, {5, 1}, {2, 2}, {7, 3}}) {
     const ThreadPlan plan = plan_threads(simulated_nodes(nodes), threads);
-    test_phases_see_all_of_the_phase_before(plan);
+    for (const bool spins_when_idle : {true, false}) {
+      test_phases_see_all_of_the_phase_before(plan, spins_when_idle);
+      test_a_sleeping_pool_wakes(plan, spins_when_idle);
+    }
     test_an_exception_ends_the_region_and_only_it(plan);
-    test_a_sleeping_pool_wakes(plan);
   }
+  test_only_threads_with_a_cpu_each_spin_and_only_where_they_may();
   test_jobs_run_in_order_and_report_their_errors();
   test_a_job_has_no_times_before_it_is_done();
   test_many_submit_and_wait_at_once();
