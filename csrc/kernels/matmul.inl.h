@@ -32,7 +32,7 @@ constexpr int kAheadBytes = 20 * kStripBlockBytes;
 // was in it, the code that submits the next layer for one. One token, two threads of a 2-core Zen 5
 // (2026-11), share of the best plain read loop where memory gives 73 GB/s and where it gives 44:
 // temporal 24 16 12 8 5 3 0.98 and 0.93; the same non-temporal 1.01 and 0.94; these 1.03 and 0.95;
-// ten 1.04 and 0.95, twelve 1.01.
+// ten 1.04 and 0.95, twelve 1.01 (each within 0.01).
 constexpr int kPanelsAheadInL1[] = {32, 24, 18, 14, 11, 8, 5, 3};
 
 // How far ahead activations are asked into L1 by tiles that do nothing but multiply: 12 elements of
@@ -133,8 +133,8 @@ __attribute__((always_inline)) inline void prefetch_lines(const uint8_t* lines,
     __builtin_prefetch(ahead + line, 0, 2);
     if constexpr (kStream) {
       // Hides from GCC that all these addresses are known before the loop: it would keep them, on
-      // the stack, and each prefetch would wait for a load. One token from cache, GB/s: 34 instead
-      // of 62.
+      // the stack, and many a prefetch would wait for a load. One token from cache: 23 GB/s per
+      // core instead of 51.
       asm("" : "+r"(lines));
 #pragma GCC unroll 16
       for (const int panels : kPanelsAheadInL1) {
