@@ -26,9 +26,9 @@
 namespace hybridk2 {
 namespace {
 
-// A block of one expert's tokens is multiplied at once: with four strips, its sums (96 KB) and its
-// slice of the activations (96 KB) stay in L2, and weights are decoded once for 8 tiles.
-constexpr int64_t kTokensPerBlock = 8 * kTokensPerTile;
+// A block of one expert's tokens is multiplied at once: with four strips, its sums (144 KB) and its
+// slice of the activations (144 KB) stay in L2, and weights are decoded once for 12 tiles.
+constexpr int64_t kTokensPerBlock = 12 * kTokensPerTile;
 constexpr int64_t kMaxStripsPerItem = 4;
 constexpr size_t kSumsBytes = sizeof(float) * kMaxStripsPerItem * kTokensPerBlock * kStripRows;
 constexpr size_t kWorkerBytes = kSumsBytes + kScratchBytes;
