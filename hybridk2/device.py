@@ -187,7 +187,7 @@ class CudaDevice:
         self.name = f"cuda ({torch.cuda.get_device_name(index)})"
         properties = torch.cuda.get_device_properties(index)
         self.multiprocessors: int = properties.multi_processor_count
-        # In torch 2.8 already, and in no release's stubs.
+        # Since torch 2.7, but not in its stubs.
         self.program_bytes: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
         # Recorded steps are replayed one at a time, so they share the memory of what is between. A
         # mere handle would be of no more use once all steps that had it are gone.

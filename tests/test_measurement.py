@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybridk2.errors import ConfigError
+from hybridk2.errors import ConfigError, EngineError, OutOfMemoryError
 from hybridk2.measurement import card
 from hybridk2.measurement.process import process_bytes, resident_bytes
 from hybridk2.planner import ModelSizes
@@ -50,6 +50,31 @@ def test_a_card_is_measured_within_over_the_bus_and_at_every_handoff() -> None:
     assert 1e6 < profile.flops < 1e15
     assert set(found.handoff_seconds) == {"mailbox", "host-functions"}
     assert profile.handoff_seconds == min(found.handoff_seconds.values())
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind", "message"),
+    [
+        (
+            torch.OutOfMemoryError("none is left"),
+            OutOfMemoryError,
+            "takes 3 GB of it: none is left",
+        ),
+        (RuntimeError("CUDA error: bad\nmore"), EngineError, "a card failed .*: CUDA error: bad$"),
+    ],
+)
+def test_a_card_that_fails_while_it_is_measured_is_an_error_of_ours(
+    monkeypatch: pytest.MonkeyPatch, failure: RuntimeError, kind: type[Exception], message: str
+) -> None:
+    def fails(*arguments: object) -> None:
+        raise failure
+
+    device = Card()
+    monkeypatch.setattr(card, "select_device", lambda name: device)
+    monkeypatch.setattr(card, "card_stream", lambda index: device.fake_stream)
+    monkeypatch.setattr(card, "figures_of", fails)
+    with pytest.raises(kind, match=message):
+        card.measure_card(lambda stage, done, rounds: None)
 
 
 def test_a_card_that_cannot_be_used_is_refused_with_the_reason() -> None:

@@ -105,6 +105,27 @@ def test_the_decode_table_is_reproduced(
         assert 1 / alone == pytest.approx(serial, rel=0.01)
 
 
+@pytest.mark.parametrize(("context", "ran"), [(8 * K, (5.59, 6.20)), (32 * K, (5.78, 6.02))])
+def test_a_card_that_was_measured_is_planned_as_it_ran(
+    context: int, ran: tuple[float, float]
+) -> None:
+    """bench/results/gpu-session-2026-11-25-59dc8aa.txt: no expert on the card, both crossings."""
+    host_seconds = 0.145
+    card = replace(
+        gpu_named("H100"),
+        memory_bytes=235 * 10**8,  # no room for experts
+        bytes_per_second=2.48e12,
+        handoff_seconds=16.1e-6,
+        measured=True,
+    )
+    speed = 60 * 8 * K2.expert_bytes / host_seconds
+    machine = replace(WORKSTATION, host_read_bytes_per_second=speed, gpu=card)
+    made = plan(K2, machine, Choices(context))
+    assert made.resident_experts == 0
+    for tokens_per_second in ran:
+        assert made.decode_tokens_per_second == pytest.approx(tokens_per_second, rel=0.15)
+
+
 def test_experts_on_the_card_are_not_also_in_host_memory() -> None:
     made = with_card("RTX PRO 6000")
     card, host = (dict(place.contents) for place in made.places)

@@ -28,7 +28,7 @@ EXPERT_ERROR = 2**-7  # relative: the product before down is rounded to bf16 on 
 
 def copy_bytes_per_second(device: Device, num_bytes: int = 1 << 30) -> float:
     """Bytes read and written by a copy within the card, the better of one that is recorded and one
-    that is not: torch gives them to different units of the card."""
+    that is not: on the H100 that was seen, 2.4 and 2.6 to 3.0 TB/s."""
     source = torch.empty(num_bytes, dtype=torch.uint8, device=device.torch_device)
     target = torch.empty_like(source)
 

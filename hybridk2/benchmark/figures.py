@@ -102,8 +102,7 @@ class PassFigures:
         by_length = sorted(steps, key=lambda step: step.seconds)
         with_experts = [step for step in steps if step.host_calls]
         hosts = [_host_seconds(step) for step in with_experts]
-        on_host = with_experts if sizes.all_on_host else []
-        their_seconds = [_host_seconds(step) for step in on_host]
+        on_host, their_seconds = (with_experts, hosts) if sizes.all_on_host else ([], [])
         # A recorded step is one phase.
         with_phases = [step for step in steps if _phase_seconds(step, DENSE_PHASES) > 0]
         return cls(

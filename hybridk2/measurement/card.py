@@ -1,7 +1,7 @@
 """How fast this machine's graphics card is, and the way to it and back.
 
 Owns a copy within the card, one over the bus, a product, and the handoff of a layer by every
-mechanism; a few seconds and 3 GB of the card.
+mechanism; a few seconds, 3 GB of the card and 1 GB of the host.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from hybridk2.config import KIMI_K2_THINKING
 from hybridk2.device import Device, select_device
-from hybridk2.errors import OutOfMemoryError
+from hybridk2.errors import EngineError, OutOfMemoryError
 from hybridk2.experts.handoff import (
     HostFunctionRouter,
     MailboxRouter,
@@ -49,7 +49,7 @@ def measure_card(on_progress: OnProgress) -> CardFigures:
     """Measure the card that an engine would take.
 
     on_progress may raise, which ends it. Raises ConfigError for a card that cannot be used, with
-    the reason, OutOfMemoryError for one that is in use, EngineError when a handoff fails.
+    the reason, OutOfMemoryError for one that is in use, EngineError when it or a handoff fails.
     """
     device = select_device("cuda")
     try:
@@ -58,6 +58,9 @@ def measure_card(on_progress: OnProgress) -> CardFigures:
         raise OutOfMemoryError(
             f"measuring {device.name} takes 3 GB of it: {error}. Close what uses it"
         ) from error
+    except RuntimeError as error:  # as torch reports whatever CUDA says
+        reason = str(error).strip().split("\n")[0]
+        raise EngineError(f"{device.name} failed while it was measured: {reason}") from error
 
 
 def figures_of(
