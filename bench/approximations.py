@@ -124,13 +124,7 @@ def product_on_host(
 
 
 def experts_of(checkpoint: Checkpoint) -> HostExperts:
-    config = checkpoint.config
-    experts = HostExperts(
-        config.num_moe_layers,
-        config.n_routed_experts,
-        config.hidden_size,
-        config.moe_intermediate_size,
-    )
+    experts = HostExperts.of_model(checkpoint.config)
     load_experts(checkpoint, experts, lambda progress: None)
     return experts
 

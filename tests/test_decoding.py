@@ -61,11 +61,8 @@ class Pair:
         self.device = RecordedDevice()
         with Checkpoint.open(folder) as checkpoint:
             config = checkpoint.config
-            self.experts = HostExperts(
-                config.num_moe_layers,
-                config.n_routed_experts,
-                config.hidden_size,
-                config.moe_intermediate_size,
+            self.experts = HostExperts.of_model(
+                config,
                 threads=1,
             )
             load_experts(checkpoint, self.experts, lambda progress: None)

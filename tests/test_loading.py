@@ -68,11 +68,8 @@ def test_the_experts_kept_by_the_extension_are_those_of_the_checkpoint(small_che
     host = pytest.importorskip("hybridk2.experts.host", reason="the extension is not built")
     checkpoint = Checkpoint.open(small_checkpoint)
     config = checkpoint.config
-    with host.HostExperts(
-        config.num_moe_layers,
-        config.n_routed_experts,
-        config.hidden_size,
-        config.moe_intermediate_size,
+    with host.HostExperts.of_model(
+        config,
         threads=2,
     ) as experts:
         load_experts(checkpoint, experts, lambda progress: None)

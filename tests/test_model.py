@@ -72,11 +72,8 @@ class Loader:
         if (dtype, isa) not in self._loaded:
             with Checkpoint.open(self.folder) as checkpoint:
                 config = checkpoint.config
-                experts = HostExperts(
-                    config.num_moe_layers,
-                    config.n_routed_experts,
-                    config.hidden_size,
-                    config.moe_intermediate_size,
+                experts = HostExperts.of_model(
+                    config,
                     isa=isa,
                     threads=2,
                 )

@@ -38,11 +38,8 @@ class Workbench:
     def __init__(self, folder: Path) -> None:
         self.checkpoint = Checkpoint.open(folder)
         config = self.config = self.checkpoint.config
-        self.experts = HostExperts(
-            config.num_moe_layers,
-            config.n_routed_experts,
-            config.hidden_size,
-            config.moe_intermediate_size,
+        self.experts = HostExperts.of_model(
+            config,
             threads=1,
         )
         load_experts(self.checkpoint, self.experts, lambda progress: None)

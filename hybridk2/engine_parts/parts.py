@@ -61,11 +61,8 @@ def host_experts(
     config = checkpoint.config
     threads = choices.threads or usable_cores()
     torch.set_num_threads(dense_threads(checkpoint, threads))
-    return HostExperts(
-        config.num_moe_layers,
-        config.n_routed_experts,
-        config.hidden_size,
-        config.moe_intermediate_size,
+    return HostExperts.of_model(
+        config,
         isa=choices.isa,
         threads=threads,
         huge_pages=choices.huge_pages,

@@ -12,13 +12,14 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from hybridk2 import _native
 from hybridk2.checkpoint import QuantizedLinear
+from hybridk2.config import K2Config
 from hybridk2.errors import ConfigError, EngineError, OutOfMemoryError
 from hybridk2.placement import Mask
 
@@ -176,6 +177,17 @@ class HostExperts:
         logger.info("host experts: %s", self._description(spins_when_idle))
         for trouble in self._native.troubles:
             logger.warning("host experts: %s", trouble)
+
+    @classmethod
+    def of_model(cls, config: K2Config, **choices: Any) -> Self:
+        """Room for all routed experts of a model. choices: what __init__ takes by name."""
+        return cls(
+            config.num_moe_layers,
+            config.n_routed_experts,
+            config.hidden_size,
+            config.moe_intermediate_size,
+            **choices,
+        )
 
     def _description(self, spins_when_idle: bool) -> str:
         nodes = len(self.threads_of_node)
