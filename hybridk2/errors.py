@@ -60,6 +60,11 @@ class EngineError(HybridK2Error):
     """A step of the engine failed; the request it served is lost, the engine is not."""
 
 
+class DriverError(EngineError, RuntimeError):
+    """The NVIDIA driver is not there, lacks a call or refused one. A RuntimeError as torch's own
+    are, so that what answers those, such as a step that cannot be recorded, answers this too."""
+
+
 class DeadlineError(EngineError):
     """A request that was not finished in the time it was given."""
 

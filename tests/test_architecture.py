@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__init__",),
     ("errors", "durable_file", "timeline"),
     ("config",),
-    ("checkpoint", "tokenizer", "sampling", "hardware", "device"),
+    ("checkpoint", "tokenizer", "sampling", "hardware", "device", "cuda_driver"),
     ("chat", "placement", "routing_trace", "prefill_split"),
     ("placement_changes",),
     ("planner",),
