@@ -6,10 +6,12 @@ PYTHON  ?= $(shell command -v python3.11 || command -v python3)
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --quiet --disable-pip-version-check
 NATIVE  := setup.py CMakeLists.txt $(shell find csrc -name '*.cc' -o -name '*.h' 2>/dev/null)
-CXX_ALL := $(shell find csrc tests bench -name '*.cc' -o -name '*.h' -o -name '*.cpp' 2>/dev/null)
+CXX_ALL := $(shell find csrc hybridk2 tests bench -name '*.cc' -o -name '*.h' -o -name '*.cpp' \
+             -o -name '*.cu' 2>/dev/null)
+HOPPER  := hybridk2/model/hopper/attention
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat serve test soak gates lint format bench bench-peers sanitize clean
+.PHONY: help demo chat serve test soak gates lint format bench bench-peers sanitize ptx clean
 
 help:
 	@echo "make demo      build, then watch the embedded model compare 9.11 with 9.9"
@@ -21,6 +23,7 @@ help:
 	@echo "make bench     the expert kernels against this machine's own roof"
 	@echo "make bench-peers  other engines for it, each in its own environment (minutes)"
 	@echo "make sanitize  the C++ side under ASan, UBSan and TSan"
+	@echo "make ptx       the .cu file to the .ptx that is shipped; only after a change of it"
 	@echo "make clean     remove build outputs; the virtual environment too: make clean-all"
 
 demo: $(VENV)/.built
@@ -61,6 +64,13 @@ bench-peers: $(VENV)/.requirements
 sanitize: $(VENV)/.requirements
 	PATH="$(abspath $(BIN)):$$PATH" tests/native/run_sanitizers.sh
 
+# Older drivers take the instructions, but not the number that this nvcc writes above them.
+ptx: build/nvcc/.installed
+	build/nvcc/nvidia/cu13/bin/nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=compute_90a \
+	  -ptx $(HOPPER).cu -o build/attention.ptx
+	{ echo "// By make ptx, from attention.cu with sha256 $$(sha256sum <$(HOPPER).cu | cut -c-64)"; \
+	  sed 's/^\.version .*/.version 8.0/' build/attention.ptx; } >$(HOPPER).ptx
+
 clean:
 	rm -rf build dist *.egg-info hybridk2/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	rm -f $(VENV)/.built
@@ -100,4 +110,11 @@ $(VENV)/.built: $(VENV)/.requirements $(NATIVE)
 $(VENV)/.dev: $(VENV)/.requirements
 	@echo "== pytest, ruff, mypy, clang-format"
 	@$(PIP) install -c constraints.txt $$($(REQUIREMENTS) dev)
+	@touch $@
+
+# For those who change a .cu: nvcc and what it needs, from PyPI, beside the environment.
+build/nvcc/.installed: $(VENV)/.created
+	@echo "== nvcc (a large download)"
+	@$(PIP) install --no-deps --target build/nvcc $(foreach part,\
+	  cuda-nvcc nvvm cuda-crt cuda-runtime cuda-cccl,'nvidia-$(part)==13.0.*')
 	@touch $@

@@ -57,14 +57,16 @@ class Device(Protocol):
     Work is done in the order in which it was given, perhaps later than the call returns: results
     may be read on the host after `wait`, or through `to_host`.
 
-    name: for a person. decode_rows: numbers of rows that a step of decoding may have, ascending.
-    has_kernels: Triton's run here; where they do not, attention and experts are computed with torch
-    and on the host. multiprocessors: what kernels divide their work among. program_bytes: shared
-    memory that one program of a kernel may have. replays_steps: `record` is worth its while.
+    name: for a person. capability: the card's compute capability; (0, 0) for the host. decode_rows:
+    numbers of rows that a step of decoding may have, ascending. has_kernels: Triton's run here;
+    where they do not, attention and experts are computed with torch and on the host.
+    multiprocessors: what kernels divide their work among. program_bytes: shared memory that one
+    program of a kernel may have. replays_steps: `record` is worth its while.
     """
 
     name: str
     torch_device: torch.device
+    capability: tuple[int, int]
     decode_rows: tuple[int, ...]
     has_kernels: bool
     multiprocessors: int
@@ -114,6 +116,7 @@ class CpuDevice:
 
     name = "cpu"
     torch_device = torch.device("cpu")
+    capability = (0, 0)
     # torch compiles a product for each number of rows, so there are few: alone, or in company.
     decode_rows: tuple[int, ...] = (1, 8)
     has_kernels = False
@@ -185,6 +188,7 @@ class CudaDevice:
     def __init__(self, index: int = 0) -> None:
         self.torch_device = torch.device("cuda", index)
         self.name = f"cuda ({torch.cuda.get_device_name(index)})"
+        self.capability: tuple[int, int] = torch.cuda.get_device_capability(index)
         properties = torch.cuda.get_device_properties(index)
         self.multiprocessors: int = properties.multi_processor_count
         # Since torch 2.7, but not in its stubs.

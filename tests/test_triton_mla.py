@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,15 +10,13 @@ from torch import Tensor
 
 from hybridk2.config import KIMI_K2_THINKING
 from hybridk2.planner import ModelSizes
+from tests.paged_attention import PAGE, PagedAttention, assert_attends
 from tests.triton_kernels import DEVICE, INTERPRETED
 from tests.triton_offline import CARDS, MOST_SHARED_BYTES, MOST_STACK_BYTES, compiled
 
 mla = pytest.importorskip("hybridk2.model.triton.mla", reason="Triton is not installed")
 latents = pytest.importorskip("hybridk2.model.triton.latents")
 
-EPS_FP32 = 2.0**-23
-HALF_ULP_BF16 = 2.0**-8
-PAGE = 64
 # What one program may have of shared memory on sm_90. Its sums of 64 heads fill half of all
 # registers; Triton 3.6 spills nothing there, 3.9 64 bytes a thread, and 272 with FP8 latents.
 MOST_HOPPER_BYTES = 227 * 1024
@@ -28,18 +24,7 @@ MOST_HOPPER_STACK_BYTES = 272
 BIG = 2**31  # elements: one more than a 32-bit offset reaches
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Rows of queries, and a cache in which their pages lie in no order, NaN wherever nobody may
-    look: beyond lengths, in pages of nobody, and in pages that the table names but nobody needs."""
-
-    q: Tensor
-    cache: Tensor  # (pages, 64, rank + rope) bf16
-    table: Tensor
-    lengths: Tensor
-    rank: int
-    scale: float = 0.25
-
+class Problem(PagedAttention):
     def decode(self, cache: Tensor | None = None, splits: int = 3, tiling: object = None) -> Tensor:
         cache = self.cache if cache is None else cache
         on_device = (t.to(DEVICE) for t in (self.q, cache, self.table, self.lengths))
@@ -48,10 +33,6 @@ class Problem:
         return mla.decode(
             *on_device, scale=self.scale, rank=self.rank, splits=splits, tiling=tiling
         ).cpu()
-
-    def keys(self, row: int, cache: Tensor | None = None) -> Tensor:
-        pages = (self.cache if cache is None else cache)[self.table[row].long()]
-        return pages.flatten(0, 1)[: int(self.lengths[row])].double()
 
 
 def problem(
@@ -62,46 +43,7 @@ def problem(
     rope: int = 16,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Problem:
-    generator = torch.Generator().manual_seed(sum(lengths))
-    max_pages = max(-(-length // PAGE) for length in lengths) + 1
-    pages = len(lengths) * max_pages + 3
-    cache = torch.full((pages, PAGE, rank + rope), torch.nan).bfloat16()
-    order = torch.randperm(pages, generator=generator)[: len(lengths) * max_pages]
-    table = order.view(len(lengths), max_pages).int()
-    for row, length in enumerate(lengths):
-        for token in range(length):
-            values = torch.randn(rank + rope, generator=generator)
-            cache[table[row, token // PAGE], token % PAGE] = values
-    q = torch.randn(len(lengths), heads, rank + rope, generator=generator).to(dtype)
-    return Problem(q, cache, table, torch.tensor(lengths, dtype=torch.int32), rank)
-
-
-def assert_attends(found: Tensor, given: Problem, cache: Tensor | None = None) -> None:
-    """Every output within a bound of first order on the kernel's roundings.
-
-    A score is a sum of n = rank + rope exact products in fp32, off by 2 n eps sum|q k| (2: tensor
-    cores cut sums off instead of rounding them), and is multiplied by scale * log2(e), off by 3 eps
-    of itself. Its weight is off by the exponential of that, and by 2 eps for exp2. Sums over keys
-    add eps for each key, on top of a rescaling each. With bf16 queries weights are rounded to bf16.
-    """
-    for row, length in enumerate(given.lengths.tolist()):
-        if length == 0:
-            assert found[row].count_nonzero() == 0, f"row {row} is padding"
-            continue
-        q, keys = given.q[row].double(), given.keys(row, cache)
-        values = keys[:, : given.rank]
-        scores = q @ keys.T * given.scale
-        size = given.q.shape[2]
-        score_error = 2 * size * EPS_FP32 * (q.abs() @ keys.abs().T) * given.scale
-        score_error = (score_error + 3 * EPS_FP32 * scores.abs()).amax(dim=1, keepdim=True)
-        weights = scores.softmax(dim=1)
-        relative = torch.expm1(2 * score_error) + (2 * length + 8) * EPS_FP32
-        if given.q.dtype == torch.bfloat16:
-            relative = relative + HALF_ULP_BF16
-        tolerance = relative * (weights @ values.abs())
-        excess = (found[row].double() - weights @ values).abs() - tolerance
-        worst = excess.nan_to_num(nan=math.inf).max()
-        assert worst <= 0, f"row {row} of length {length}: {worst} beyond the tolerance"
+    return Problem.random(lengths, heads=heads, rank=rank, rope=rope, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -6,16 +6,20 @@ loaded elsewhere; the model is put together around them.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hybridk2.checkpoint import Checkpoint, LoadProgress
 from hybridk2.config import K2Config
+from hybridk2.cuda_driver import CudaDriver
 from hybridk2.device import Device
+from hybridk2.errors import DriverError
 from hybridk2.experts.host import HostExperts
 from hybridk2.experts.router import ThreadRouter
 from hybridk2.kv_cache import LatentFormat
@@ -23,6 +27,11 @@ from hybridk2.model.attention import PagedMix
 from hybridk2.model.k2 import DecoderLayer, K2Model
 from hybridk2.model.moe import RoutedExperts
 from hybridk2.model.triton import latents
+
+if TYPE_CHECKING:
+    from hybridk2.model.hopper.attention import HopperAttention
+
+logger = logging.getLogger(__name__)
 
 # Dense bytes per layer from which more than one thread shares an operator.
 _SHARED_LAYER_BYTES = 4 << 20
@@ -53,7 +62,11 @@ def paged_mix_for(config: K2Config, device: Device) -> PagedMix | None:
         return None
     from hybridk2.model.triton import mla  # loads Triton
 
+    hopper = _hopper_attention(config, device)
+
     def mix(q: Tensor, pages: Tensor, page_table: Tensor, lengths: Tensor) -> Tensor:
+        if hopper is not None and hopper.takes(q, pages):
+            return hopper.decode(q, pages, page_table, lengths)
         rows, heads, _ = q.shape
         tiling = mla.tiling_for(q.dtype, pages.dtype, heads, device.program_bytes)
         return mla.decode(
@@ -68,6 +81,21 @@ def paged_mix_for(config: K2Config, device: Device) -> PagedMix | None:
         )
 
     return mix
+
+
+def _hopper_attention(config: K2Config, device: Device) -> HopperAttention | None:
+    """What is faster than Triton's kernel where it can be had."""
+    from hybridk2.model.hopper import attention
+
+    if not attention.suits(config, device):
+        return None
+    try:
+        made = attention.HopperAttention(CudaDriver.load(), device, config.softmax_scale)
+    except DriverError as error:
+        logger.warning("attention of decoding by Triton's kernel, which is slower: %s", error)
+        return None
+    logger.info("attention of decoding over bf16 latents: the kernel for Hopper cards")
+    return made
 
 
 def fp8_latents(config: K2Config) -> LatentFormat:

@@ -1,6 +1,7 @@
 """Absorbed attention of decoding over the paged latent cache, split over the keys.
 
-Owns the kernels and the shapes they take; does not know layers, weights or who holds a page.
+Owns the kernels and the shapes they take; does not know layers, weights or who holds a page. On
+Hopper cards K2's bf16 queries and latents go to hybridk2/model/hopper instead, which does the same.
 
 For each row (one new token of one sequence) and head, over the keys t < length:
 
@@ -46,10 +47,21 @@ from hybridk2.model.triton.latents import (
     token_bytes,
 )
 
-__all__ = ["TILINGS", "Tiling", "decode", "dequantise_latents", "quantise_latents", "splits_for"]
+__all__ = [
+    "LOG2_E",
+    "PAGE_TOKENS",
+    "TILINGS",
+    "Tiling",
+    "check_inputs",
+    "decode",
+    "dequantise_latents",
+    "quantise_latents",
+    "splits_for",
+    "tiling_for",
+]
 
 PAGE_TOKENS = 64
-_LOG2_E = 1.4426950408889634
+LOG2_E = 1.4426950408889634
 _MIN_DOT = 16  # the smallest side that a product of tiles may have
 # The combining kernel: splits that it reads at a time, and columns of a program.
 _JOINED_SPLITS = 128
@@ -74,7 +86,8 @@ class Tiling:
 # The fastest of those that were tried on an H100. Microseconds of a row of 32,768 and of 262,144
 # keys: 30 and 149 of the first, 41 and 241 of _EVERYWHERE, which has room on every card (91 KB of
 # shared memory, the first 216) and the products that those before Hopper know. With FP8 latents 46
-# of the second and 117 of _EVERYWHERE at 32,768 keys. Fp32 queries need more memory.
+# of the second and 117 of _EVERYWHERE at 32,768 keys. Fp32 queries need more memory. On a Hopper
+# card the first is what is left where the driver refuses hybridk2/model/hopper's kernel.
 _HOPPER = Tiling(heads=64, keys=32, warps=4, stages=4, parts=2, programs=1)
 _HOPPER_FP8 = Tiling(heads=64, keys=32, warps=8, stages=3, programs=1)
 _EVERYWHERE = Tiling(heads=16, keys=32, warps=4, stages=3)
@@ -132,7 +145,7 @@ def decode(
     """
     rows, heads, latent_dim = q.shape
     rope = latent_dim - rank
-    fp8 = _check(q, latents, page_table, lengths, rank)
+    fp8 = check_inputs(q, latents, page_table, lengths, rank)
     assert splits > 0, f"{splits=}"
     assert PAGE_TOKENS % tiling.keys == 0, f"{tiling.keys=} cuts across pages"
     assert tiling.parts == 1 or not fp8, "FP8 latents have whole programs"
@@ -159,7 +172,7 @@ def decode(
         q.stride(1),
         page_table.stride(0),
         heads,
-        scale * _LOG2_E,
+        scale * LOG2_E,
         PAGE_STRIDE=latents.stride(0),
         TOKEN_STRIDE=latents.stride(1),
         RANK=rank,
@@ -200,8 +213,10 @@ def _block(width: int) -> int:
     return max(triton.next_power_of_2(width), _MIN_DOT)
 
 
-def _check(q: Tensor, latents: Tensor, page_table: Tensor, lengths: Tensor, rank: int) -> bool:
-    """Refuse what the kernels would misread; whether the latents are FP8."""
+def check_inputs(
+    q: Tensor, latents: Tensor, page_table: Tensor, lengths: Tensor, rank: int
+) -> bool:
+    """Refuse what a kernel would misread, as `decode` describes it; whether the latents are FP8."""
     rows, _, latent_dim = q.shape
     assert 0 < rank < latent_dim, f"{rank=} of {latent_dim} values a latent"
     assert q.dtype in (torch.bfloat16, torch.float32), f"q: {q.dtype}"
