@@ -156,11 +156,29 @@ def test_kernels_are_held_to_their_references(
         "attention, fp8 latents, 1 x 128 tokens: error": True,
         "attention, fp8 latents, 8 x 64 tokens: error": True,
     }
+    beside = [row.value for row in found.rows if "a copy of as many bytes" in row.what]
+    assert beside == [1.0] * 4
     found = table.Table()
     kernels.measure_attention(
         found, card, config, lambda *call: 0.5 * mix(*call), 1e12, contexts=(128,)
     )
     assert set(verdicts(found).values()) == {False}
+
+
+def test_the_copy_beside_attention_moves_half_of_what_a_turn_reads(
+    config: K2Config, card: Card, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def three_turns(_: Any, run: Any) -> float:
+        for number in range(3):
+            run(number)
+        return 0.25
+
+    monkeypatch.setattr(kernels, "seconds_in_a_row", three_turns)
+    given = kernels.attention_inputs(config, card, 1, 128, None, 3 * 128)
+    first, second = given.pages.clone().view(3, 2, -1).unbind(1)
+    assert not torch.equal(first, second)
+    assert kernels.copy_seconds(card, given) == 0.25
+    assert torch.equal(given.pages.view(3, 2, -1), torch.stack((first, first), dim=1))
 
 
 def test_a_part_that_fails_is_a_failed_row_and_not_the_end() -> None:

@@ -320,7 +320,7 @@ def obstacle() -> str | None:
     return None if found == (9, 0) else f"the card has compute capability {found}"
 
 
-on_a_card = pytest.mark.skipif(obstacle() is not None, reason=f"a Hopper card: {obstacle()}")
+on_a_card = pytest.mark.skipif(obstacle() is not None, reason=f"needs a Hopper card: {obstacle()}")
 
 
 class Bench:
@@ -411,9 +411,10 @@ def one_late(length: int) -> Tensor:
         pytest.param(lambda length: rising_to(2000.0)(length).flip(0), id="steeply falling"),
         pytest.param(rising_to(2.7), id="rising by less than makes weights be counted anew"),
         pytest.param(rising_to(30.0), id="rising slowly, by more"),
+        pytest.param(lambda length: torch.arange(length) % 300 / 5, id="rising again and again"),
     ],
 )
-@pytest.mark.parametrize("lengths", [[40], [4097], [9000, 70, 33, 2000]])
+@pytest.mark.parametrize("lengths", [[40], [4097], [40_000], [9000, 70, 33, 2000]])
 def test_weights_of_every_kind_are_right(
     bench: Bench, lengths: list[int], scores_of: Callable[[int], Tensor]
 ) -> None:

@@ -86,6 +86,19 @@ def exact_attention(config: K2Config, q: Tensor, latents: Tensor) -> Tensor:
     return torch.stack(mixed)
 
 
+def copy_seconds(device: Device, given: AttentionInputs) -> float:
+    """Of a copy that moves as many bytes as a turn of attention reads, half of them read and half
+    written, from one half of its pages to the other: in turns as well, and recorded as well. The
+    latents are lost."""
+    turns = list(given.pages.view(torch.uint8).flatten().view(len(given.tables), 2, -1))
+
+    def copy(number: int) -> None:
+        source, target = turns[number % len(turns)]
+        target.copy_(source)
+
+    return seconds_in_a_row(device, copy)
+
+
 def measure_attention(
     table: Table,
     device: Device,
@@ -94,7 +107,11 @@ def measure_attention(
     copy_speed: float,
     contexts: tuple[int, ...],
 ) -> None:
-    """One row at every context, and as many as a step may have at the one that is checked."""
+    """One row at every context, and as many as a step may have at the one that is checked.
+
+    Beside the share of the speed that a large copy has stands that of a copy of as many bytes: its
+    beginning and end take their time as well.
+    """
     rows_at = [(1, context) for context in contexts] + [(DECODE_ROWS, CHECKED_CONTEXT)]
     for name, latent_format in (("bf16", None), ("fp8", fp8_latents(config))):
         for rows, context in rows_at:
@@ -110,11 +127,14 @@ def measure_attention(
             where = f"attention, {name} latents, {rows} x {context:,} tokens"
             table.at_most(f"{where}: error", error, "", ATTENTION_ERROR)
             read_bytes = given.pages.nbytes // len(given.tables)
-            share = read_bytes / seconds_in_a_row(device, attend) / copy_speed
+            seconds = seconds_in_a_row(device, attend)
+            share = read_bytes / seconds / copy_speed
             if name == "bf16" and (rows, context) == (1, CHECKED_CONTEXT):
                 table.at_least(f"{where}: share of a copy's speed", share, "", ATTENTION_SHARE)
             else:
                 table.figure(f"{where}: share of a copy's speed", share, "")
+            share = copy_seconds(device, given) / seconds
+            table.figure(f"{where}: share of a copy of as many bytes", share, "")
 
 
 def measure_resident_experts(
