@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from hybridk2.config import KIMI_K2_THINKING, EngineConfig
+from hybridk2.engine_parts.card import _RING_SLOTS
 from hybridk2.errors import OutOfMemoryError
 from hybridk2.placement import Placement
-from hybridk2.planner import CardLayout, ModelSizes, lay_out_card
+from hybridk2.planner import GPU_RESERVED_CHUNK_TOKENS, CardLayout, ModelSizes, lay_out_card
 
 K2 = ModelSizes.from_config(KIMI_K2_THINKING)
 CONTEXT = 32_768
@@ -107,3 +108,21 @@ def test_what_is_left_makes_chunks_longer_and_a_chunk_that_was_asked_for_is_coun
         with pytest.raises(OutOfMemoryError):
             laid_out(exact - 1, choices)
     assert laid_out(fits + 10**12, placement=placement_of(1)).chunk_tokens == 16_384
+
+
+def test_the_reserve_has_room_for_what_attention_leaves_between_its_programs() -> None:
+    """On 192 multiprocessors, more than a card has. What no part of the reserve is named for is the
+    context's and the allocator's."""
+    mla = pytest.importorskip("hybridk2.model.triton.mla", reason="Triton is not installed")
+    hopper = pytest.importorskip("hybridk2.model.hopper.attention")
+    heads, rank = KIMI_K2_THINKING.num_attention_heads, KIMI_K2_THINKING.kv_lora_rank
+    taken = []
+    for rows in range(1, 9):
+        for tiling in mla.TILINGS:
+            shares = mla.splits_for(rows, heads, 192, tiling)
+            taken.append(rows * heads * shares * (4 * rank + 2 * 4 * tiling.parts))
+        taken.append(rows * heads * hopper.shares_for(rows, 192) * (2 * rank + 2 * 4))
+    assert max(taken) <= 26e6
+    chunk = GPU_RESERVED_CHUNK_TOKENS * K2.prompt_token_bytes
+    ring = _RING_SLOTS * K2.expert_bytes
+    assert RESERVE - chunk - ring - max(taken) >= 0.7e9

@@ -23,7 +23,8 @@ from hybridk2.planner.timing import (
 
 GIGABYTE = 1_000_000_000
 # Of a card: the CUDA context, activations of a chunk of so many tokens, the ring that experts
-# stream through.
+# stream through, and what decoding's attention leaves between its programs: however many rows a
+# step has, 8.7 MB by the kernel for Hopper cards, up to 17 MB there by Triton's.
 GPU_RESERVE_BYTES = 1_900_000_000
 GPU_RESERVED_CHUNK_TOKENS = 2048
 # What loading and serving need beyond the weights, the process itself included, as
