@@ -78,4 +78,5 @@ def test_a_card_that_can_be_used_is_taken_unless_the_host_is_asked_for(
         device = select_device(name)  # type: ignore[arg-type]
         assert (device.name, device.torch_device.type) == ("cuda (a card)", "cuda")
         assert (device.multiprocessors, device.program_bytes) == (132, 232448)
+        assert device.capability == (9, 0)
     assert select_device("cpu").name == "cpu"
