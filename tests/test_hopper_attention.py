@@ -34,7 +34,8 @@ mla = pytest.importorskip("hybridk2.model.triton.mla")
 
 PTX = resources.files("hybridk2.model.hopper").joinpath("attention.ptx").read_text()
 SOURCE = Path(__file__).resolve().parents[1] / "hybridk2" / "model" / "hopper" / "attention.cu"
-ARGUMENTS = "7Q3qfi"
+ARGUMENTS = "6Qqfi"
+ARGUMENT_BYTES = (len(MAP_VALUE), len(MAP_VALUE), struct.calcsize(ARGUMENTS))
 
 
 # -- What is shipped ---------------------------------------------------------------------------
@@ -94,7 +95,7 @@ def test_launches_are_made_with_the_kernels_own_constants() -> None:
         assert kernel[name] == ours, name
     assert kernel.get("kCluster", 1) == attention.CLUSTER
     parameters = re.findall(r"\.param .*_param_\d\[(\d+)\]", PTX)
-    assert [int(size) for size in parameters] == [len(MAP_VALUE), struct.calcsize(ARGUMENTS)]
+    assert tuple(map(int, parameters)) == ARGUMENT_BYTES
 
 
 # -- What reaches the driver -------------------------------------------------------------------
@@ -114,7 +115,7 @@ class HopperHost(CpuDevice):
 
 @pytest.fixture
 def faked(monkeypatch: pytest.MonkeyPatch) -> FakedDriver:
-    made = FakedDriver(argument_bytes=(len(MAP_VALUE), struct.calcsize(ARGUMENTS)))
+    made = FakedDriver(argument_bytes=ARGUMENT_BYTES)
     monkeypatch.setattr(CudaDriver, "load", lambda: CudaDriver(made))
     return made
 
@@ -140,28 +141,30 @@ def test_a_launch_fills_the_card_once_and_takes_its_arguments_along(
     assert faked.function_attributes == [(KERNEL, 8, attention.SHARED_BYTES)]
     assert launch.stream == 2**40 + 8
     assert set(launch.attributes) == {2, 6} | ({4} if attention.CLUSTER > 1 else set())
-    map_value, arguments = launch.arguments
-    assert map_value == MAP_VALUE
-    *pointers, row_stride, head_stride, table_stride, scale, last = struct.unpack(
-        ARGUMENTS, arguments
-    )
-    queries, page_table, length, means, stats, counters, out = pointers
-    assert (queries, page_table, length) == tuple(t.data_ptr() for t in (q, table, lengths))
+    *maps, arguments = launch.arguments
+    assert maps == [MAP_VALUE, MAP_VALUE]
+    *pointers, table_stride, scale, last = struct.unpack(ARGUMENTS, arguments)
+    page_table, length, means, stats, counters, out = pointers
+    assert (page_table, length) == (table.data_ptr(), lengths.data_ptr())
     assert out == found.data_ptr()
     assert 0 not in (means, stats, counters)
-    assert (row_stride, head_stride, table_stride) == (64 * 576, 576, 7)
+    assert table_stride == 7
     assert scale == pytest.approx(0.25 * 1.4426950408889634, rel=1e-7)
     assert last == shares
 
 
-def test_tiles_are_cut_from_the_layers_own_pages(faked: FakedDriver) -> None:
+def test_tiles_and_queries_are_cut_from_where_they_lie(faked: FakedDriver) -> None:
     made = attention.HopperAttention(CudaDriver(faked), HopperHost(), scale=1.0)
-    q, cache, table, lengths = k2_inputs(1)
+    _, cache, table, lengths = k2_inputs(3)
+    q = torch.zeros(3, 70, 584).bfloat16()[:, 2:66, :576]
     made.decode(q, cache, table, lengths)
-    (found,) = faked.maps
-    assert found.address == cache.data_ptr()
-    assert (found.sizes, found.box) == ((64, 64, 9, 5), (64, 32, 9, 1))
-    assert found.strides == (1152, 128, 2 * PAGE * 576 * 2)
+    tiles, queries = faked.maps
+    assert tiles.address == cache.data_ptr()
+    assert (tiles.sizes, tiles.box) == ((64, 64, 9, 5), (64, 32, 9, 1))
+    assert tiles.strides == (1152, 128, 2 * PAGE * 576 * 2)
+    assert queries.address == q.data_ptr()
+    assert (queries.sizes, queries.box) == ((64, 64, 9, 3), (64, 64, 9, 1))
+    assert queries.strides == (584 * 2, 128, 70 * 584 * 2)
 
 
 def test_all_launches_count_in_the_same_memory_which_begins_with_zeros(faked: FakedDriver) -> None:
@@ -169,7 +172,7 @@ def test_all_launches_count_in_the_same_memory_which_begins_with_zeros(faked: Fa
     for rows in (1, 8, 1):
         made.decode(*k2_inputs(rows))
     places = {
-        struct.unpack(ARGUMENTS, launch.arguments[1])[5]: launch.grid for launch in faked.launches
+        struct.unpack(ARGUMENTS, launch.arguments[2])[4]: launch.grid for launch in faked.launches
     }
     assert set(places) == {made._counters.data_ptr()}
     assert (made._counters.nbytes, int(made._counters.count_nonzero())) == (36 * 8, 0)
@@ -241,7 +244,7 @@ def test_bf16_is_attended_to_by_this_kernel_and_everything_else_by_triton(
     q, cache, table, lengths = k2_inputs(2)
     mix(q, cache, table, lengths)
     assert (len(faked.launches), len(by_triton)) == (1, 0)
-    scale = struct.unpack(ARGUMENTS, faked.launches[0].arguments[1])[10]
+    scale = struct.unpack(ARGUMENTS, faked.launches[0].arguments[2])[7]
     assert scale == pytest.approx(KIMI_K2_THINKING.softmax_scale * 1.4426950408889634, rel=1e-7)
     stored = fp8_latents(KIMI_K2_THINKING).encode(cache)
     mix(q, stored, table, lengths)

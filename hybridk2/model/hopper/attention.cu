@@ -10,7 +10,9 @@
 //   0        scores: 64 heads x 32 keys, softmax weights; thread 0 also asks for the tiles to come
 //   1 and 2  sums of weighted latents, 256 of the 512 columns each, in registers
 // Tiles travel through a ring of four in shared memory (`full`: a tile has come; `empty`: all
-// twelve warps are done with it), weights through a ring of two (`weighted`, `used`).
+// twelve warps are done with it), weights through a ring of two (`weighted`, `used`). Queries stay
+// (`queried`: they have come). Tiles leave the L2 cache first and shares last: shares are read
+// again.
 //
 // Shares are joined by all programs of the launch, each a part of the outputs, once the last share
 // is there: all of them have to be on the card at the same time, so the launch is cooperative. A
@@ -49,26 +51,27 @@ constexpr int kAtWeights = kAtTiles + kTiles * kTile;
 constexpr int kAtShrink = kAtWeights + kWeights * kWeight;   // floats: (kWeights, 64)
 constexpr int kAtNorms = kAtShrink + kWeights * kHeads * 4;  // floats: (64)
 constexpr int kAtBarriers = kAtNorms + kHeads * 4;
-constexpr int kSharedBytes = kAtBarriers + 8 * 2 * (kTiles + kWeights);
+constexpr int kSharedBytes = kAtBarriers + 8 * (2 * (kTiles + kWeights) + 1);
 static_assert(kSharedBytes <= 227 * 1024);
-// After the last tile: means of the share, a line of 1024 bytes and 16 to spare for each head, so
-// that the lines begin in different banks; then, joining, (warps, 256) floats.
-constexpr int kMeanLine = kRank * 2 + 16;
-static_assert(kHeads * kMeanLine <= kTiles * kTile);
+// After the last tile: means of the share, as they are stored; then, joining, (warps, 256) floats
+// and two floats for each warp.
+constexpr int kHalf = kRank / 2, kMeanLine = kHalf * 2;
+static_assert(2 * kHeads * kMeanLine <= kTiles * kTile);
 
 struct Arguments {
-  const __nv_bfloat16* queries;  // (rows, 64, 576)
-  const int* page_table;         // (rows, table_stride)
-  const int* lengths;            // (rows)
-  __half* means;                 // (rows, shares, 64, 512)
+  const int* page_table;  // (rows, table_stride)
+  const int* lengths;     // (rows)
+  // (rows, shares, 2, 64, 256): halves of the columns. Of a head's 32 chunks of eight columns eight
+  // at a time are exchanged by the head's number, so that writing them meets all banks.
+  __half* means;
   float2* stats;                 // (rows, 64, shares): reference score, sum of weights
   unsigned long long* counters;  // (36): of `rows` rows those from rows * (rows - 1) / 2 on
   float* out;                    // (rows, 64, 512)
-  long long query_row_stride, query_head_stride, table_stride;  // in elements
-  float scale;                                                  // of scores, times log2(e)
-  int shares;  // of a row, at most kMostShares and the launch's programs a row
+  long long table_stride;        // in elements
+  float scale;                   // of scores, times log2(e)
+  int shares;                    // of a row, at most kMostShares and the launch's programs a row
 };
-static_assert(sizeof(Arguments) == 88);
+static_assert(sizeof(Arguments) == 64);
 
 __device__ __forceinline__ uint32_t shared_address(const void* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at));
@@ -115,6 +118,16 @@ __device__ __forceinline__ void load_tile(uint32_t to, const CUtensorMap* map, i
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
       "l"(map), "r"(0), "r"(key), "r"(0), "r"(page), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
+// All of a row's.
+__device__ __forceinline__ void load_queries(uint32_t to, const CUtensorMap* map, int row,
+                                             uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %2, %2, %3}], [%4];" ::"r"(to),
+      "l"(map), "r"(0), "r"(row), "r"(barrier)
       : "memory");
 }
 
@@ -183,6 +196,15 @@ __device__ __forceinline__ float over_four(float x, bool largest) {
   return x;
 }
 
+__device__ __forceinline__ float over_warp(float x, bool largest) {
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const float other = __shfl_xor_sync(~0u, x, distance);
+    x = largest ? fmaxf(x, other) : x + other;
+  }
+  return x;
+}
+
 // The share of keys that a program has: tiles from first to last of the row's.
 struct Share {
   int tiles, each, first, last;
@@ -209,13 +231,21 @@ struct Place {
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-    hybridk2_attention(const __grid_constant__ CUtensorMap map, const Arguments given) {
+    hybridk2_attention(const __grid_constant__ CUtensorMap latents,
+                       const __grid_constant__ CUtensorMap queries, const Arguments given) {
   extern __shared__ __align__(1024) uint8_t room[];
   const uint32_t base = shared_address(room);
   const int thread = threadIdx.x, group = thread / 128, warp = thread / 32, lane = thread % 32;
   const uint32_t full = base + kAtBarriers, empty = full + 8 * kTiles,
-                 weighted = empty + 8 * kTiles, used = weighted + 8 * kWeights;
+                 weighted = empty + 8 * kTiles, used = weighted + 8 * kWeights,
+                 queried = used + 8 * kWeights;
+  // The launch may have been made before the kernel in front of it is done.
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  const int row = blockIdx.y, shares = given.shares;
+  const int length = given.lengths[row];
   if (thread == 0) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&latents) : "memory");
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&queries) : "memory");
     for (int i = 0; i < kTiles; i++) {
       barrier_init(full + 8 * i, 1);
       barrier_init(empty + 8 * i, kWarps);
@@ -224,35 +254,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       barrier_init(weighted + 8 * i, 4);
       barrier_init(used + 8 * i, 8);
     }
+    barrier_init(queried, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
   }
-  // The launch may have been made before the kernel in front of it is done.
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  const int row = blockIdx.y, shares = given.shares;
-  const int length = given.lengths[row];
-
-  if (group > 0) {
-    // All loads first: they take as long as one.
-    const __nv_bfloat16* const queries = given.queries + row * given.query_row_stride;
-    constexpr int kEach = kHeads * kDim / 8 / 256;
-    uint4 chunks[kEach];
-#pragma unroll
-    for (int i = 0; i < kEach; i++) {
-      const int number = thread - 128 + 256 * i, head = number / (kDim / 8);
-      chunks[i] = *reinterpret_cast<const uint4*>(queries + head * given.query_head_stride +
-                                                  number % (kDim / 8) * 8);
-    }
-#pragma unroll
-    for (int i = 0; i < kEach; i++) {
-      const int number = thread - 128 + 256 * i, head = number / (kDim / 8);
-      const int chunk = number % (kDim / 8);
-      *reinterpret_cast<uint4*>(room + chunk / 8 * kQueryBlock + head * kLine +
-                                (chunk % 8 ^ head % 8) * 16) = chunks[i];
-    }
-    publish_shared();
-  }
-
   const Share share(length, shares, blockIdx.x);
   uint64_t policy = 0;  // of thread 0: tiles leave the cache first
   const auto ask = [&](int i) {
@@ -260,12 +264,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     if (i >= kTiles) barrier_wait(empty + 8 * place, (i / kTiles + 1) % 2);
     barrier_expect(full + 8 * place, kTile);
     const int page = given.page_table[row * given.table_stride + tile * kKeys / kPage];
-    load_tile(base + kAtTiles + place * kTile, &map, tile * kKeys % kPage, page, full + 8 * place,
-              policy);
+    load_tile(base + kAtTiles + place * kTile, &latents, tile * kKeys % kPage, page,
+              full + 8 * place, policy);
   };
   if (thread == 0) {
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    for (int i = 0; i < min(kAhead, share.count()); i++) ask(i);
+    for (int i = 0; i < min(kAhead, share.count()); i++) {
+      ask(i);
+      if (i == 0) {
+        barrier_expect(queried, kBlocks * kQueryBlock);
+        load_queries(base, &queries, row, queried);
+      }
+    }
   }
   // The counter when all are there. This program is not counted yet, so it is less now, and not
   // less than it was after the launch before.
@@ -282,6 +292,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   float* const norms = reinterpret_cast<float*>(room + kAtNorms);
   if (group == 0) {
     float reference[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
+    if (share.count() > 0) barrier_wait(queried, 0);
     for (int i = 0; i < share.count(); i++) {
       const int place = i % kTiles, slot = i % kWeights;
       const uint32_t keys = base + kAtTiles + place * kTile;
@@ -388,15 +399,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         }
       }
       const uint32_t weights = base + kAtWeights + slot * kWeight;
-      const uint32_t latents = base + kAtTiles + place * kTile + columns / 64 * kTileBlock;
+      const uint32_t tile = base + kAtTiles + place * kTile + columns / 64 * kTileBlock;
       products_begin();
 #pragma unroll
       for (int k = 0; k < 2; k++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
           add_latents(sums[half], matrix(weights + k * 32, 0, 8 * 64, kLinesOf64),
-                      matrix(latents + half * 2 * kTileBlock + k * 16 * kLine, kTileBlock,
-                             8 * kLine, kLinesOf128));
+                      matrix(tile + half * 2 * kTileBlock + k * 16 * kLine, kTileBlock, 8 * kLine,
+                             kLinesOf128));
         }
       }
       products_commit();
@@ -410,14 +421,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     group_barrier<kThreads>(1);
     if (share.count() > 0) {
       // A warp's heads and columns are its own, so it sends them off as soon as it has them.
-      uint8_t* const line = room + kAtTiles + mine.row * kMeanLine + (columns + mine.column) * 2;
+      uint8_t* const lines = room + kAtTiles + ((group - 1) * kHeads + mine.row) * kMeanLine;
       const float upper = norms[mine.row], lower = norms[mine.row + 8];
 #pragma unroll
       for (int half = 0; half < 2; half++) {
 #pragma unroll
         for (int j = 0; j < 16; j++) {
           const float* const four = sums[half] + 4 * j;
-          uint8_t* const to = line + half * 256 + j * 16;
+          uint8_t* const to = lines + ((half * 16 + j) ^ mine.row % 8) * 16 + mine.column * 2;
           *reinterpret_cast<__half2*>(to) = __floats2half2_rn(four[0] * upper, four[1] * upper);
           *reinterpret_cast<__half2*>(to + 8 * kMeanLine) =
               __floats2half2_rn(four[2] * lower, four[3] * lower);
@@ -425,15 +436,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       }
       publish_shared();
       __syncwarp();
-      if (lane < 16) {
-        const int head = 16 * mine.warp + lane;
+      if (lane == 0) {
+        const int line = (group - 1) * kHeads + 16 * mine.warp;
         __half* const to =
             given.means +
-            (static_cast<int64_t>(row * shares + blockIdx.x) * kHeads + head) * kRank + columns;
-        const uint32_t from = base + kAtTiles + head * kMeanLine + columns * 2;
-        asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], 512;" ::"l"(to),
-                     "r"(from)
-                     : "memory");
+            (static_cast<int64_t>(row * shares + blockIdx.x) * 2 * kHeads + line) * kHalf;
+        uint64_t keep;
+        asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(keep));
+        asm volatile(
+            "cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(
+                to),
+            "r"(base + kAtTiles + line * kMeanLine), "n"(16 * kMeanLine), "l"(keep)
+            : "memory");
         asm volatile("cp.async.bulk.commit_group;" ::: "memory");
         asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
       }
@@ -454,70 +468,60 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   __syncwarp();
   __syncthreads();
 
-  // Half of a head's columns at a time, eight of them a thread; each warp adds every twelfth share.
+  // Half of a head's columns at a time, eight of them a thread; each warp adds every twelfth share,
+  // weighted relative to the largest score among those.
   for (int slice = blockIdx.x; slice < 2 * kHeads; slice += gridDim.x) {
-    const int head = slice / 2, columns = slice % 2 * 256;
-    const float2* const stats = given.stats + (row * kHeads + head) * shares;
-    const __half* const means = given.means +
-                                (static_cast<int64_t>(row) * shares * kHeads + head) * kRank +
-                                columns + lane * 8;
-    constexpr int kEach = kMostShares / kWarps, kStats = (kMostShares + 31) / 32;
-    float2 found[kStats];
+    const int head = slice / 2, half = slice % 2;
+    constexpr int kEach = kMostShares / kWarps;
+    const int count = (share.used() - warp + kWarps - 1) / kWarps;  // of this warp's shares
+    const float2* const stats = given.stats + (row * kHeads + head) * shares + warp;
+    const uint4* const means = reinterpret_cast<const uint4*>(
+        given.means +
+        ((static_cast<int64_t>(row * shares + warp) * 2 + half) * kHeads + head) * kHalf);
+    constexpr int kStride = kWarps * kHeads * kRank / 8;
+    float2 found = make_float2(-INFINITY, 0);
+    if (lane < count) found = __ldcg(stats + lane * kWarps);
     uint4 eights[kEach];
 #pragma unroll
-    for (int i = 0; i < kStats; i++) {
-      const int number = lane + 32 * i;
-      found[i] = number < share.used() ? __ldcg(stats + number) : make_float2(-INFINITY, 0);
+    for (int i = 0; i < kEach; i++) {
+      eights[i] =
+          i < count ? __ldcg(means + i * kStride + (lane ^ head % 8)) : make_uint4(0, 0, 0, 0);
     }
+    const float largest = over_warp(found.x, true);
+    const float factor = count > 0 ? found.y * power_of_two(found.x - largest) : 0;
+    const float total = over_warp(factor, false);
+    float sums[8] = {};
 #pragma unroll
     for (int i = 0; i < kEach; i++) {
-      const int number = warp + kWarps * i;
-      eights[i] = number < share.used()
-                      ? __ldcg(reinterpret_cast<const uint4*>(means + static_cast<int64_t>(number) *
-                                                                          kHeads * kRank))
-                      : make_uint4(0, 0, 0, 0);
-    }
-    float largest = -INFINITY, total = 0, factors[kStats], sums[8] = {};
-#pragma unroll
-    for (int i = 0; i < kStats; i++) largest = fmaxf(largest, found[i].x);
-    for (int distance = 1; distance < 32; distance *= 2) {
-      largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, distance));
-    }
-#pragma unroll
-    for (int i = 0; i < kStats; i++) {
-      factors[i] = found[i].y * power_of_two(found[i].x - largest);
-      total += factors[i];
-    }
-    for (int distance = 1; distance < 32; distance *= 2) {
-      total += __shfl_xor_sync(~0u, total, distance);
-    }
-#pragma unroll
-    for (int i = 0; i < kEach; i++) {
-      const int number = warp + kWarps * i;
-      float factor = factors[0];
-#pragma unroll
-      for (int j = 1; j < kStats; j++) factor = number / 32 == j ? factors[j] : factor;
-      factor = __shfl_sync(~0u, factor, number % 32);
+      const float mine = __shfl_sync(~0u, factor, i);
       const __half2* const pairs = reinterpret_cast<const __half2*>(&eights[i]);
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         const float2 pair = __half22float2(pairs[j]);
-        sums[2 * j] += factor * pair.x;
-        sums[2 * j + 1] += factor * pair.y;
+        sums[2 * j] += mine * pair.x;
+        sums[2 * j + 1] += mine * pair.y;
       }
     }
-    float* const parts = reinterpret_cast<float*>(room);
-    __syncthreads();  // the slice before has been read
-#pragma unroll
-    for (int j = 0; j < 8; j++) parts[warp * 256 + lane * 8 + j] = sums[j];
+    float4* const parts = reinterpret_cast<float4*>(room);
+    float2* const weights = reinterpret_cast<float2*>(room + kWarps * kHalf * 4);
+    if (slice >= gridDim.x) __syncthreads();  // the slice before has been read
+    parts[warp * 64 + lane * 2] = make_float4(sums[0], sums[1], sums[2], sums[3]);
+    parts[warp * 64 + lane * 2 + 1] = make_float4(sums[4], sums[5], sums[6], sums[7]);
+    if (lane == 0) weights[warp] = make_float2(largest, total);
     __syncthreads();
-    if (thread < 256) {
-      float sum = 0;
+    if (thread < kHalf) {
+      float most = -INFINITY, sum = 0, all = 0;
 #pragma unroll
-      for (int i = 0; i < kWarps; i++) sum += parts[i * 256 + thread];
+      for (int i = 0; i < kWarps; i++) most = fmaxf(most, weights[i].x);
+#pragma unroll
+      for (int i = 0; i < kWarps; i++) {
+        const float relative = power_of_two(weights[i].x - most);
+        sum += relative * reinterpret_cast<const float*>(room)[i * kHalf + thread];
+        all += relative * weights[i].y;
+      }
       // Without keys both are 0, and so is the mean of a padding row.
-      given.out[(row * kHeads + head) * kRank + columns + thread] =
-          share.used() > 0 ? sum / total : 0;
+      given.out[(row * kHeads + head) * kRank + half * kHalf + thread] =
+          share.used() > 0 ? sum / all : 0;
     }
   }
 }

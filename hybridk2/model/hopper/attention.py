@@ -22,7 +22,7 @@ HEADS, RANK, DIM = 64, 512, 576
 KEYS = 32  # of a tile
 THREADS = 384
 MOST_SHARES = 132
-SHARED_BYTES = 230_240
+SHARED_BYTES = 230_248
 CLUSTER = 1  # programs that share what they have in shared memory
 # Each number of rows has counters of its own: a launch finds those of its kind where the one before
 # left them. 36 are 1 + 2 + ... + 8.
@@ -34,15 +34,12 @@ class Arguments(ctypes.Structure):
     """attention.cu's, which says what they are."""
 
     _fields_ = (
-        ("queries", ctypes.c_void_p),
         ("page_table", ctypes.c_void_p),
         ("lengths", ctypes.c_void_p),
         ("means", ctypes.c_void_p),
         ("stats", ctypes.c_void_p),
         ("counters", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
-        ("query_row_stride", ctypes.c_int64),
-        ("query_head_stride", ctypes.c_int64),
         ("table_stride", ctypes.c_int64),
         ("scale", ctypes.c_float),
         ("shares", ctypes.c_int),
@@ -93,38 +90,41 @@ class HopperAttention:
         rows = len(q)
         shares = shares_for(rows, self._device.multiprocessors)
         out = q.new_empty((rows, HEADS, RANK), dtype=torch.float32)
-        means = q.new_empty((rows, shares, HEADS, RANK), dtype=torch.float16)
+        means = q.new_empty((rows, shares, 2, HEADS, RANK // 2), dtype=torch.float16)
         stats = out.new_empty((rows, HEADS, shares, 2))
         arguments = Arguments(
-            q.data_ptr(),
             page_table.data_ptr(),
             lengths.data_ptr(),
             means.data_ptr(),
             stats.data_ptr(),
             self._counters.data_ptr(),
             out.data_ptr(),
-            q.stride(0),
-            q.stride(1),
             page_table.stride(0),
             self._scale,
             shares,
         )
-        # A latent is nine blocks of 64 columns, of which each has a line of 128 bytes for a key: so
-        # a tile lies in shared memory.
-        latent_bytes, block_bytes = 2 * DIM, 2 * 64
-        tiles = self._driver.tensor_map(
+        # A latent, or a query, is nine blocks of 64 columns, of which each has a line of 128 bytes
+        # for a key, or a head: so they lie in shared memory.
+        blocks, block_bytes = DIM // 64, 2 * 64
+        latent_map = self._driver.tensor_map(
             latents.data_ptr(),
-            sizes=(64, mla.PAGE_TOKENS, DIM // 64, len(latents)),
-            strides=(latent_bytes, block_bytes, 2 * latents.stride(0)),
-            box=(64, KEYS, DIM // 64, 1),
+            sizes=(64, mla.PAGE_TOKENS, blocks, len(latents)),
+            strides=(2 * DIM, block_bytes, 2 * latents.stride(0)),
+            box=(64, KEYS, blocks, 1),
+        )
+        query_map = self._driver.tensor_map(
+            q.data_ptr(),
+            sizes=(64, HEADS, blocks, rows),
+            strides=(2 * q.stride(1), block_bytes, 2 * q.stride(0)),
+            box=(64, HEADS, blocks, 1),
         )
         launch = Launch((shares, rows), CLUSTER, THREADS, SHARED_BYTES, self._device.stream())
-        self._driver.launch(self._kernel, launch, [tiles, arguments])
+        self._driver.launch(self._kernel, launch, [latent_map, query_map, arguments])
         return out
 
 
 def _check(q: Tensor, latents: Tensor) -> None:
-    """Refuse what only this kernel would misread: it reads 16 bytes at a time."""
+    """Refuse what only this kernel would misread: the copy engine reads 16 bytes at a time."""
     assert q.shape[1:] == (HEADS, DIM), f"q: {tuple(q.shape)}"
     assert q.dtype == latents.dtype == torch.bfloat16, f"q: {q.dtype}, latents: {latents.dtype}"
     assert 0 < len(q) <= MOST_ROWS, f"{len(q)} rows"
