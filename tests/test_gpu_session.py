@@ -181,6 +181,23 @@ def test_the_copy_beside_attention_moves_half_of_what_a_turn_reads(
     assert torch.equal(given.pages.view(3, 2, -1), torch.stack((first, first), dim=1))
 
 
+@pytest.mark.parametrize(
+    ("seconds", "rows"), [(1e-3, [20]), (1e-4, [20, 200]), (3e-5, [20, 667]), (1e-9, [20, 1000])]
+)
+def test_short_runs_are_timed_in_rows_beside_which_waiting_does_not_show(
+    card: Card, monkeypatch: pytest.MonkeyPatch, seconds: float, rows: list[int]
+) -> None:
+    asked = []
+
+    def row(_: Any, run: Any, times: int) -> float:
+        asked.append(times)
+        return seconds
+
+    monkeypatch.setattr(table, "_row", row)
+    assert table.seconds_in_a_row(card, lambda number: None) == seconds
+    assert asked == rows
+
+
 def test_a_part_that_fails_is_a_failed_row_and_not_the_end() -> None:
     found = table.Table()
 

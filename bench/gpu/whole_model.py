@@ -34,7 +34,7 @@ from hybridk2.model.moe import RoutedExperts
 DECODE_SLACK = 1.15
 OVERLAP = 0.85
 _BALANCED = 0.2  # of the greater side's time that the lesser takes, at least
-_OVERLAP_TURNS = 3
+_OVERLAP_TURNS = 5
 # Of the largest logit: what one bf16 rounding more or less does in each of 61 layers.
 EQUAL = 0.03
 
