@@ -57,6 +57,11 @@ class LatentFormat:
     encode: Callable[[Tensor], Tensor] = _as_it_is
     decode: Callable[[Tensor], Tensor] = _as_it_is
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether latents lie in the cache as attention makes them."""
+        return self.encode is _as_it_is
+
     @classmethod
     def plain(cls, config: K2Config, dtype: torch.dtype) -> LatentFormat:
         """As attention makes them."""
@@ -134,7 +139,11 @@ class PagedLatentCache:
         latents: (tokens, latent_dim).
         """
         encoded = self.latent_format.encode(latents)
-        self._latents[layer].flatten(0, 1).index_copy_(0, rows, encoded)
+        self.rows(layer).index_copy_(0, rows, encoded)
+
+    def rows(self, layer: int) -> Tensor:
+        """The memory that `write_rows` writes to: (tokens of all pages, width of the format)."""
+        return self._latents[layer].flatten(0, 1)
 
     @property
     def available_tokens(self) -> int:

@@ -19,6 +19,7 @@ from hybridk2.chat.events import Finished
 from hybridk2.config import EngineConfig
 from hybridk2.engine import Engine
 from hybridk2.errors import TuningError
+from hybridk2.model.decode_batch import DecodeBatch
 from hybridk2.model.moe import TopKRouter
 from hybridk2.routing_trace import (
     RoutingTrace,
@@ -221,6 +222,13 @@ class Spy:
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         expert_ids, weights = self._router(x)
+        self.picks.append(expert_ids.numpy().copy())
+        return expert_ids, weights
+
+    def decode(
+        self, x: torch.Tensor, batch: DecodeBatch, slot: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        expert_ids, weights = self._router.decode(x, batch, slot)
         self.picks.append(expert_ids.numpy().copy())
         return expert_ids, weights
 

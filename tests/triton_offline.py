@@ -31,10 +31,13 @@ MOST_STACK_BYTES = 16
 _TYPES = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
+    torch.int64: "*i64",
     torch.int32: "*i32",
     torch.int8: "*i8",
     torch.uint8: "*u8",
+    torch.bool: "*i1",
 }
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def _caught(call: Callable[[], None]) -> list[tuple[Any, dict[str, Any], dict[st
     launches = []
 
     def catch(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
         named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         launches.append((kernel, named, options))
 

@@ -261,7 +261,8 @@ class _Layers:
 
     def layer(self) -> Tensor:
         x, cos, sin = self._token(_SHORT_PAST)
-        return self._layers[1].decode(x, cos, sin, self._batches[_SHORT_PAST])
+        layer, batch = self._layers[1], self._batches[_SHORT_PAST]
+        return layer.decode(x, x, cos, sin, batch, layer.input_norm)[0]
 
     def head(self) -> Tensor:
         return self._model.logits(self._rows(1))

@@ -69,6 +69,7 @@ class LatentAttention:
         self._config = config
         self._layer = layer
         self._paged_mix = paged_mix
+        self._has_kernels = device.has_kernels
 
         def place(tensor: Tensor) -> Tensor:
             return device.place(tensor.to(dtype))
@@ -126,11 +127,48 @@ class LatentAttention:
         x: (rows, hidden), normed. What a row comes to depends on its own sequence alone. Returns
         (rows, hidden).
         """
+        if self._has_kernels and self._paged_mix is not None:
+            return self._decode_by_kernels(x, cos, sin, batch, self._paged_mix)
         latents = self._latents(x, cos, sin)
         q = self._absorbed_queries(self._queries(x, cos, sin))
         mix = self._mix_each if self._paged_mix is None else self._mix_pages
         heads = torch.bmm(mix(q, latents, batch), self._w_uv.transpose(1, 2))
         return linear(heads.transpose(0, 1).reshape(x.shape[0], -1), self._o_proj)
+
+    def _decode_by_kernels(
+        self, x: Tensor, cos: Tensor, sin: Tensor, batch: DecodeBatch, mix: PagedMix
+    ) -> Tensor:
+        """The same with as few launches as there are: products write where the next one reads."""
+        from hybridk2.model.triton import elementwise  # loads Triton
+
+        config, cache, rows = self._config, batch.cache, x.shape[0]
+        eps, nope = config.rms_norm_eps, config.qk_nope_head_dim
+        q = elementwise.rms_norm(linear(x, self._q_a_proj), self._q_a_norm, eps)
+        q = linear(q, self._q_b_proj).view(rows, config.num_attention_heads, config.qk_head_dim)
+        queries = q.new_empty(rows, config.num_attention_heads, config.latent_dim)
+        absorbed = queries[..., : config.kv_lora_rank].transpose(0, 1)
+        torch.bmm(q[..., :nope].transpose(0, 1), self._w_uk, out=absorbed)
+        compressed = linear(x, self._kv_a_proj)
+        is_plain = cache.latent_format.is_plain
+        latents = cache.rows(self._layer) if is_plain else torch.empty_like(compressed)
+        elementwise.latents_and_queries(
+            compressed,
+            self._kv_a_norm,
+            q,
+            cos,
+            sin,
+            eps,
+            queries=queries,
+            latents=latents,
+            places=batch.write_rows if is_plain else None,
+        )
+        if not is_plain:
+            cache.write_rows(self._layer, batch.write_rows, latents)
+        mixed = mix(queries, cache.latents(self._layer), batch.page_table, batch.lengths)
+        heads = q.new_empty(rows, config.num_attention_heads, config.v_head_dim)
+        mixed = mixed.transpose(0, 1).to(q.dtype)
+        torch.bmm(mixed, self._w_uv.transpose(1, 2), out=heads.transpose(0, 1))
+        return linear(heads.flatten(1), self._o_proj)
 
     def _mix_each(self, q: Tensor, latents: Tensor, batch: DecodeBatch) -> Tensor:
         """Write the new latents and mix, one sequence after another: (heads, rows, rank)."""

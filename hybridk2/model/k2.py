@@ -21,6 +21,7 @@ from hybridk2.model.decoding import DecodeSteps
 from hybridk2.model.layers import (
     DECODE_ROWS,
     RotaryTable,
+    add_rms_norm,
     exact_product,
     place_matrix,
     place_mlp,
@@ -54,7 +55,8 @@ class DecoderLayer:
         kv_b's and the router's. paged_mix: see LatentAttention."""
         self._layer = layer
         self._eps = config.rms_norm_eps
-        self._input_norm = device.place(weights.input_norm.to(dtype))
+        self._has_kernels = device.has_kernels
+        self.input_norm = device.place(weights.input_norm.to(dtype))
         self._post_attention_norm = device.place(weights.post_attention_norm.to(dtype))
         self.attention = LatentAttention(
             config, weights.attention, layer, device, dtype, paged_mix, int8
@@ -97,29 +99,44 @@ class DecoderLayer:
     def decode(
         self,
         hidden: Tensor,
+        x: Tensor,
         cos: Tensor,
         sin: Tensor,
         batch: DecodeBatch,
+        next_norm: Tensor,
         timeline: Timeline | None = None,
-    ) -> Tensor:
-        """hidden: (rows, hidden), one token of each of the batch's sequences, then padding."""
-        x = self.attention_input(hidden)
-        hidden = hidden + self.attention.decode(x, cos, sin, batch)
+    ) -> tuple[Tensor, Tensor]:
+        """The layer, and the norm that is next: its input is at hand where the layer's sum is.
+
+        hidden: (rows, hidden), one token of each of the batch's sequences, then padding. x: its
+        `attention_input`. next_norm: (hidden,), the weight of what takes the layer's output.
+        Returns that output, and its norm.
+        """
+        attended = self.attention.decode(x, cos, sin, batch)
+        hidden, x = self._add_norm(hidden, attended, None, self._post_attention_norm)
         self._mark(timeline, "attention")
-        x = self.feed_forward_input(hidden)
         if self.moe is None:
-            hidden = hidden + swiglu(x, self._mlp)
+            branch = swiglu(x, self._mlp, has_kernels=self._has_kernels)
+            hidden, x = self._add_norm(hidden, branch, None, next_norm)
         else:
-            hidden = hidden + self.moe.decode(x, batch, timeline)
+            shared, routed = self.moe.decode(x, batch, timeline)
+            hidden, x = self._add_norm(hidden, shared, routed, next_norm)
         self._mark(timeline, "dense MLP" if self.moe is None else "adding")
-        return hidden
+        return hidden, x
+
+    def _add_norm(
+        self, hidden: Tensor, branch: Tensor, routed: Tensor | None, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(
+            hidden, branch, routed, weight, self._eps, has_kernels=self._has_kernels
+        )
 
     def _mark(self, timeline: Timeline | None, phase: Phase) -> None:
         if timeline is not None:
             timeline.mark(phase, self._layer)
 
     def attention_input(self, hidden: Tensor) -> Tensor:
-        return rms_norm(hidden, self._input_norm, self._eps)
+        return rms_norm(hidden, self.input_norm, self._eps)
 
     def feed_forward_input(self, hidden: Tensor) -> Tensor:
         return rms_norm(hidden, self._post_attention_norm, self._eps)
@@ -247,9 +264,11 @@ class K2Model:
         """Enqueue a step: logits (rows, vocab) fp32 of the batch's tokens."""
         hidden = batch.hidden
         cos, sin = self._rotary(batch.positions)
-        for layer in self.layers:
-            hidden = layer.decode(hidden, cos, sin, batch, timeline)
-        logits = self._head(hidden)
+        x = self.layers[0].attention_input(hidden)
+        next_norms = [layer.input_norm for layer in self.layers[1:]] + [self._final_norm]
+        for layer, next_norm in zip(self.layers, next_norms, strict=True):
+            hidden, x = layer.decode(hidden, x, cos, sin, batch, next_norm, timeline)
+        logits = self._head(x)
         if timeline is not None:
             timeline.mark("head")
         return logits
@@ -282,17 +301,16 @@ class K2Model:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: (tokens, hidden) after the last layer. Returns (tokens, vocab) fp32 logits."""
-        logits = self._head(hidden)
+        logits = self._head(rms_norm(hidden, self._final_norm, self.config.rms_norm_eps))
         if self.timeline is not None:
             self.timeline.mark("head")
         return logits
 
-    def _head(self, hidden: Tensor) -> Tensor:
-        """The exact fp32 product of the activations and the bf16 head.
+    def _head(self, x: Tensor) -> Tensor:
+        """The exact fp32 product of the normed activations and the bf16 head.
 
         Rounding logits of 20 to bf16 would move each by up to 0.06, more than whole layers do.
         """
-        x = rms_norm(hidden, self._final_norm, self.config.rms_norm_eps)
         if isinstance(self._lm_head, Int8Linear) or not x.is_cpu:
             return exact_product(x, self._lm_head)
         x = x.float()

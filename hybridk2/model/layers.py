@@ -76,6 +76,31 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.float(), weight.shape, eps=eps).to(x.dtype) * weight
 
 
+def add_rms_norm(
+    hidden: Tensor,
+    branch: Tensor,
+    routed: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    *,
+    has_kernels: bool,
+) -> tuple[Tensor, Tensor]:
+    """The residual sum hidden + (branch + routed), and its norm, in one launch where there are
+    kernels. branch may be overwritten.
+
+    hidden, branch: (rows, hidden). routed: the same in fp32, rounded before it is added; None for
+    none.
+    """
+    if has_kernels:
+        from hybridk2.model.triton import elementwise  # loads Triton
+
+        return elementwise.add_rms_norm(hidden, branch, routed, weight, eps)
+    if routed is not None:
+        branch = branch.add_(routed.to(branch.dtype))
+    hidden = hidden + branch
+    return hidden, rms_norm(hidden, weight, eps)
+
+
 def yarn_inverse_frequencies(config: K2Config) -> Tensor:
     """Rotary frequencies under YaRN: (qk_rope_head_dim / 2,) fp32, radians per position.
 
@@ -143,9 +168,16 @@ def place_mlp(weights: MlpWeights, device: Device, dtype: torch.dtype, int8: boo
     return Mlp(gate=place(weights.gate), up=place(weights.up), down=place(weights.down))
 
 
-def swiglu(x: Tensor, weights: Mlp | MlpWeights) -> Tensor:
-    """down(silu(gate x) * (up x)): the dense layer and the shared expert. x: (tokens, hidden)."""
+def swiglu(x: Tensor, weights: Mlp | MlpWeights, *, has_kernels: bool = False) -> Tensor:
+    """down(silu(gate x) * (up x)): the dense layer and the shared expert. x: (tokens, hidden).
+
+    has_kernels: what is between the products takes one launch.
+    """
     gate = linear(x, weights.gate)
+    if has_kernels:
+        from hybridk2.model.triton import elementwise  # loads Triton
+
+        return linear(elementwise.silu_product(gate, linear(x, weights.up)), weights.down)
     if gate.is_cpu and gate.shape[0] <= DECODE_ROWS:
         # Row by row: torch shares out more than 32,768 values among its threads and computes what
         # is left over at the end of a share by another formula, so a row's place would show.

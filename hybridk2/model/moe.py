@@ -67,6 +67,7 @@ class TopKRouter:
         # A card multiplies bf16 with fp32 sums; torch has no such product for the host.
         self._weight = weight.float() if weight.is_cpu else weight
         self._bias = device.place(weights.bias)
+        self._has_kernels = device.has_kernels
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (tokens, hidden). Returns expert_ids (tokens, top_k) int32 and weights fp32.
@@ -75,16 +76,38 @@ class TopKRouter:
         recovered by subtraction, which cancels. A NaN score counts as the lowest, so the ids are
         always in range; the NaN itself stays in that token's weights.
         """
-        if self._weight.is_cpu:
-            logits = F.linear(x.float(), self._weight)
-        else:
-            logits = torch.mm(x, self._weight.T, out_dtype=torch.float32)
-        scores = logits.sigmoid()
+        scores = self._logits(x).sigmoid()
         choice = torch.nan_to_num(scores + self._bias, nan=float("-inf"))
         expert_ids = choice.topk(self._top_k, dim=-1).indices
         weights = scores.gather(-1, expert_ids)
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * self._scaling_factor
         return expert_ids.int(), weights
+
+    def decode(self, x: Tensor, batch: DecodeBatch, slot: int) -> tuple[Tensor, Tensor]:
+        """The same for a step of decoding, whose batch is told the picks of the layer in `slot`.
+
+        x: (rows, hidden). Returns expert_ids with HOST_SHARE in padding, and weights.
+        """
+        picks = batch.picks[slot]
+        if self._has_kernels:
+            from hybridk2.model.triton import routing  # loads Triton
+
+            return routing.pick_experts(
+                self._logits(x),
+                self._bias,
+                batch.in_use,
+                picks,
+                scaling_factor=self._scaling_factor,
+                nobody=HOST_SHARE,
+            )
+        expert_ids, weights = self(x)
+        picks.copy_(expert_ids)
+        return torch.where(batch.in_use, expert_ids, HOST_SHARE), weights
+
+    def _logits(self, x: Tensor) -> Tensor:
+        if self._weight.is_cpu:
+            return F.linear(x.float(), self._weight)
+        return torch.mm(x, self._weight.T, out_dtype=torch.float32)
 
     def identifying_values(self) -> tuple[Tensor, Tensor]:
         """The bias (experts,) and the first expert's row (hidden,), fp32: for fingerprints."""
@@ -137,14 +160,16 @@ class MixtureOfExperts:
         self._tell_host_call(timeline, pending, expert_ids)
         return shared.add_(routed.to(x.dtype))
 
-    def decode(self, x: Tensor, batch: DecodeBatch, timeline: Timeline | None = None) -> Tensor:
+    def decode(
+        self, x: Tensor, batch: DecodeBatch, timeline: Timeline | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The same for a step of decoding, which is told the picks; nobody works for its padding.
 
         x: (rows, hidden), normed. Only enqueues work for the device, as far as the router does.
+        Returns the shared expert's output in x's dtype, and the routed sum in fp32, to be rounded
+        to it before the two are added: whoever adds them to more can do all of it at once.
         """
-        expert_ids, weights = self.router(x)
-        batch.picks[self.slot].copy_(expert_ids)
-        expert_ids = torch.where(batch.in_use, expert_ids, HOST_SHARE)
+        expert_ids, weights = self.router.decode(x, batch, self.slot)
         self._mark(timeline, "router")
         resident, router = self._experts.resident, self._experts.decoding
         if resident is not None:
@@ -157,7 +182,7 @@ class MixtureOfExperts:
             sums.append(router.collect(batch.deferred))
         batch.deferred = None if later is None else router.submit(self.slot, x, later, weights)
         self._mark(timeline, "handoff")
-        shared = self.shared_expert(x)
+        shared = swiglu(x, self._shared, has_kernels=self._device.has_kernels)
         if resident is not None:
             sums.append(resident.compute(self.slot, x, places, weights))
         self._mark(timeline, "shared expert")
@@ -166,7 +191,7 @@ class MixtureOfExperts:
             routed = routed + more
         self._mark(timeline, "waiting")
         self._tell_host_call(timeline, pending, now)
-        return shared.add_(routed.to(x.dtype))
+        return shared, routed
 
     def _defer(self, expert_ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor | None]:
         """Picks to be computed in this layer, and those whose sum the next one may add."""
