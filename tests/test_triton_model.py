@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hybridk2.checkpoint import Checkpoint
 from hybridk2.device import CpuDevice, Device, select_device
@@ -15,13 +17,18 @@ from hybridk2.experts.host import HostExperts
 from hybridk2.experts.loading import load_experts
 from hybridk2.kv_cache import LatentFormat, PagedLatentCache
 from hybridk2.model.attention import PagedMix
-from hybridk2.model.k2 import K2Model
+from hybridk2.model.k2 import DecoderLayer, K2Model
 from hybridk2.model.loading import fp8_latents, load_model, paged_mix_for
 from hybridk2.model.triton import int8
 from tests.triton_kernels import INTERPRETED
 
 TOKENS = 70  # a page and a part of one
 DECODED = 3
+# What torch computes of norms, sums, rotations, the SwiGLU and the router where there are no
+# kernels for it.
+ELEMENTWISE = {"rms_norm", "mul", "add", "add_", "sub", "stack", "cat", "silu_"} | {
+    *("sigmoid", "topk", "gather", "where")
+}
 
 
 class KernelDevice(CpuDevice):
@@ -131,6 +138,42 @@ def test_attention_by_kernels_gives_the_models_logits(
     rows = min(rows for rows in CARD.decode_rows if rows >= len(workbench.ids))
     assert calls == [rows] * DECODED * workbench.config.num_hidden_layers
     assert float((found - wanted).abs().max()) <= allowed
+
+
+class Operators(TorchDispatchMode):
+    """Which of torch's operators ran, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.add(func._schema.name.removeprefix("aten::"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device", [CARD, CpuDevice()], ids=["kernels", "host"])
+def test_between_a_layers_products_kernels_leave_nothing_to_torch(
+    workbench: Workbench, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operators = Operators()
+    decode = DecoderLayer.decode
+
+    def watched(*inputs: Any) -> tuple[Tensor, Tensor]:
+        with operators:
+            return decode(*inputs)
+
+    monkeypatch.setattr(DecoderLayer, "decode", watched)
+    mix = paged_mix_for(workbench.config, device)
+    workbench.logits(
+        workbench.model(torch.bfloat16, mix, device=device), torch.bfloat16, device=device
+    )
+    if device.has_kernels:
+        assert not operators.names & ELEMENTWISE
+    else:
+        assert operators.names >= ELEMENTWISE, "torch has other names for them now"
 
 
 def test_fp8_latents_pass_the_cache_the_kernel_and_flash_attention(workbench: Workbench) -> None:

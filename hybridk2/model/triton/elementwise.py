@@ -215,16 +215,21 @@ def _norm(
 
 @triton.jit
 def _rotated(
-    values: tl.tensor, cos: tl.tensor, sin: tl.tensor, columns: tl.tensor, there: tl.tensor
+    values: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    columns: tl.tensor,
+    there: tl.tensor,
+    ROPE: tl.constexpr,
 ) -> tl.tensor:
-    """Columns of a vector, turned in pairs (2i, 2i + 1) by the angle i: in fp32.
+    """Columns of one or more vectors, turned in pairs (2i, 2i + 1) by the angle i: in fp32.
 
     An even one is a cos - b sin and an odd one b cos + a sin, with its partner before or behind it.
     """
     value = tl.load(values + columns, mask=there, other=0.0).to(tl.float32)
     partner = tl.load(values + (columns ^ 1), mask=there, other=0.0).to(tl.float32)
-    c = tl.load(cos + columns // 2, mask=there, other=0.0)
-    s = tl.load(sin + columns // 2, mask=there, other=0.0)
+    c = tl.load(cos + columns // 2, mask=columns < ROPE, other=0.0)
+    s = tl.load(sin + columns // 2, mask=columns < ROPE, other=0.0)
     return value * c + partner * tl.where(columns % 2 == 0, -s, s)
 
 
@@ -247,7 +252,7 @@ def _store_latent(
     values = tl.load(source + columns, mask=there, other=0.0).to(tl.float32)
     tl.store(target + columns, _normed_row(values, weights, RANK, eps), mask=there)
     turned = tl.arange(0, BLOCK_ROPE)
-    key = _rotated(source + RANK, cos, sin, turned, turned < ROPE)
+    key = _rotated(source + RANK, cos, sin, turned, turned < ROPE, ROPE)
     tl.store(target + RANK + turned, key.to(weights.dtype), mask=turned < ROPE)
 
 
@@ -269,7 +274,7 @@ def _store_queries(
     heads = first + tl.arange(0, HEADS)[:, None]
     turned = tl.arange(0, BLOCK_ROPE)[None, :]
     there = (heads < num_heads) & (turned < ROPE)
-    query = _rotated(q + heads * (PLAIN + ROPE) + PLAIN, cos, sin, turned, there)
+    query = _rotated(q + heads * (PLAIN + ROPE) + PLAIN, cos, sin, turned, there, ROPE)
     target = queries + heads * (RANK + ROPE) + RANK + turned
     tl.store(target, query.to(queries.dtype.element_ty), mask=there)
 
