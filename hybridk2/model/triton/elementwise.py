@@ -1,13 +1,14 @@
 """What decoding computes between its products, a launch each: norms, rotations, SwiGLU's middle.
 
 Owns the kernels; does not know layers, weights or the cache's pages. Each stands for a handful of
-torch's operators on a few kilobytes, of which a launch is all the time. They round where those do,
-and in the same order: values of the activations' dtype are added and multiplied in fp32 and rounded
-after every operation that torch would round after. Products are not fused with sums for that
-reason, which nothing here is slower for. What differs: the order of the norm's sum, and the last
-bits of the exponential, which is the card's own.
+torch's operators on a few kilobytes, where launches are all the time there is.
 
-Bytes: a row of K2's hidden state is 14 KB. A program owns a row, or a part of one.
+They round where those operators do, in their order: sums and products are of fp32 numbers, rounded
+to the activations' dtype wherever torch would have kept a tensor of it. So no product may be fused
+with a sum. What differs from torch is the order of the norm's sum, and the last bits of reciprocal
+roots and exponentials, which are the card's own instructions.
+
+Bytes: a row of K2's hidden state is 14 KB. A program owns a row or a part of one.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Columns of a norm for each warp, up to the most warps that a program may have here.
+# None of these has been tried against others on a card. A thread takes 16 columns of a norm, two
+# loads of 16 bytes of bf16; more warps would spend longer on adding up their sums.
 _NORM_COLUMNS_PER_WARP = 512
 _MOST_WARPS = 16
-# Heads whose queries a program rotates: of K2's 64 columns each.
+# Heads whose queries a program rotates: about as much work as a latent is.
 _ROTATED_HEADS = 8
-_MIDDLE_COLUMNS = 1024
+_MIDDLE_COLUMNS = 1024  # of SwiGLU's middle: one load of 16 bytes a thread and operand
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
