@@ -30,13 +30,13 @@ namespace {
 // slice of the activations (144 KB) stay in L2, and weights are decoded once for 12 tiles.
 constexpr int64_t kTokensPerBlock = 12 * kTokensPerTile;
 constexpr int64_t kMaxStripsPerItem = 4;
+constexpr size_t kSumsBytes = sizeof(float) * kMaxStripsPerItem * kTokensPerBlock * kStripRows;
+constexpr size_t kWorkerBytes = kSumsBytes + kScratchBytes;
 
 // Large calls compute so many items of down's strips for one expert before they go on to the next,
 // so that its activations come from DRAM or L3 once and not with each item: 1024 tokens of K2 have
 // 34 MB of them. 1, 4 and 14 items, two threads of a 2-core Zen 5 (2026-11): 834, 799, 809 ms.
 constexpr int64_t kDownItemsAtOnce = 4;
-constexpr size_t kSumsBytes = sizeof(float) * kMaxStripsPerItem * kTokensPerBlock * kStripRows;
-constexpr size_t kWorkerBytes = kSumsBytes + kScratchBytes;
 
 // Calls of at most this many slots write every expert's output and sum in a phase of its own:
 // single strips of single experts split evenly over any number of threads. Larger calls have work
