@@ -72,6 +72,9 @@ class LayerRunner {
   void gate_and_up(Pass& pass, int worker);
   void down_to_partials(Pass& pass, int worker);
   void down_to_output(Pass& pass, int worker);
+  void add_down(Pass& pass, int worker, int64_t first, int64_t end);
+  void add_down_strips(Pass& pass, int worker, const ExpertRun& run, const uint8_t* strips,
+                       int64_t count, const uint8_t* next, float* out);
   void sum_partials(Pass& pass, int worker);
   WorkerScratch scratch(int worker) const;
 

@@ -11,7 +11,7 @@ constexpr int kStepsPerLine = 4;
 constexpr int kColumnsPerElement = 2;
 constexpr int kRegisterTokens = 8;
 constexpr bool kDecodesBetween = true;
-constexpr int kStreamTokens = 4;
+constexpr int kStreamTokens = 8;
 constexpr int kSideBySideSums = 8;
 
 using Sum = __m512;

@@ -70,6 +70,8 @@ struct MatmulTask {
   uint8_t* scratch;  // kScratchBytes, 64-byte aligned
   // Where the next task's strips lie, to be asked for ahead and not read; null: behind these.
   const uint8_t* next_strips = nullptr;
+  // Where its activations lie, as if of as many tokens, to be asked for too; null: these again.
+  const void* next_activations = nullptr;
 };
 
 struct SwigluTask {
