@@ -105,17 +105,17 @@ def test_the_decode_table_is_reproduced(
         assert 1 / alone == pytest.approx(serial, rel=0.01)
 
 
-@pytest.mark.parametrize(("context", "ran"), [(8 * K, (5.59, 6.20)), (32 * K, (5.78, 6.02))])
+@pytest.mark.parametrize(("context", "ran"), [(8 * K, (7.24, 7.31)), (32 * K, (7.07, 7.08))])
 def test_a_card_that_was_measured_is_planned_as_it_ran(
     context: int, ran: tuple[float, float]
 ) -> None:
-    """bench/results/gpu-session-2026-11-25-59dc8aa.txt: no expert on the card, both crossings."""
-    host_seconds = 0.145
+    """bench/results/gpu-session-2026-11-25-09e99dc.txt: no expert on the card, both crossings."""
+    host_seconds = 0.124  # 119 to 129 ms
     card = replace(
         gpu_named("H100"),
         memory_bytes=235 * 10**8,  # no room for experts
-        bytes_per_second=2.48e12,
-        handoff_seconds=16.1e-6,
+        bytes_per_second=2.99e12,
+        handoff_seconds=16.4e-6,
         measured=True,
     )
     speed = 60 * 8 * K2.expert_bytes / host_seconds

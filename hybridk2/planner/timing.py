@@ -27,12 +27,12 @@ HANDOFF = "handoff between GPU and host"
 # Assumptions about a GPU engine on a card of which the data sheet is known: what kernels reach of
 # its bandwidth in decode and of its arithmetic in prefill, and what a token costs beside its layers
 # (sampling, launches). Of a card that was measured the kernels read at the speed of a copy, and a
-# layer's small kernels are counted: an H100 took 20.1 ms for 61 layers of which 23.4 GB at 2.6 TB/s
-# are 9 (bench/gpu_session.py).
+# layer's small kernels are counted: an H100 took 12.2 ms for 61 layers of which 23.4 GB at 2.99 TB/s
+# are 7.8 (bench/gpu_session.py).
 _GPU_BANDWIDTH_SHARE = 0.85
 _GPU_ARITHMETIC_SHARE = 0.5
 _TOKEN_SECONDS = 1.57e-3
-_SMALL_KERNELS_SECONDS = 160e-6
+_SMALL_KERNELS_SECONDS = 70e-6
 # Experts stream through the card once per chunk, so the longer the chunk the better; beyond this
 # the activations no longer fit beside the weights.
 GPU_CHUNK_TOKENS = 16_384
